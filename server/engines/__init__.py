@@ -1,0 +1,1 @@
+"""Engines that generate: vLLM over HTTP, and the embedded transformers engine."""
