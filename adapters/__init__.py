@@ -1,0 +1,1 @@
+"""Orthogonal unlearning LoRAs (O3): value objects and, later, their trainer."""

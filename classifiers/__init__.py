@@ -1,0 +1,1 @@
+"""Classifiers that decide whether a text touches a forget target."""

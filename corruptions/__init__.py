@@ -1,0 +1,1 @@
+"""Corruptions of prompt embeddings, and the offline learner of their strength."""

@@ -1,0 +1,197 @@
+"""The vocabulary of the project: values and protocols that every part shares.
+
+Standard library and numpy only; cheap to import. See docs/architecture.md for the way of a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+Route = Literal["pass", "corrupt", "adapt", "refuse", "block"]
+"""What happens to a request: bytes untouched, embeddings corrupted, LoRA, template, rejected."""
+
+TargetStatus = Literal["draft", "detecting", "enforced", "revoked"]
+
+Progress = Callable[[str, int, int], None]
+"""Called as `progress(what, done, total)` by long work; drawing is the caller's business."""
+
+
+# --- The request, as the model would read it -------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One text that the model would read, and its place in the body.
+
+    Attributes:
+        path: Place in the body, e.g. `messages/0/content`, `messages/1/content/0/text`, `prompt`,
+            `prompt/2`, `tools/0/function/description`, `text`.
+        text: The text, as sent.
+        message: Index of the chat message whose *content* this is, or of the prompt in a list of
+            prompts; None where an embeddings part can't take its place (tools, names, schemas).
+    """
+
+    path: str
+    text: str
+    message: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Characters of a segment, in code points of the original text; `end` is exclusive."""
+
+    path: str
+    start: int
+    end: int
+
+
+# --- Detection ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """What the detectors say of several texts, a row a text, a column a target.
+
+    Attributes:
+        scores: Classifier logits, maximum over the text's windows, shape (texts, targets).
+            Higher is closer to the forget set.
+        p_values: Share of benign traffic that scores at least as high, shape (texts, targets).
+        weights: Soft weight in [0, 1.2]; exactly 0 where not flagged, shape (texts, targets).
+        flagged: True where the score reaches the target's threshold, shape (texts, targets).
+        coverage: Share of each text's characters that some window scored, shape (texts,).
+    """
+
+    scores: FloatArray
+    p_values: FloatArray
+    weights: FloatArray
+    flagged: BoolArray
+    coverage: FloatArray
+
+
+class Detector(Protocol):
+    """Scores texts against every target of a bundle in one encoder pass."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the targets, in the order of the columns of `Detection`."""
+        ...
+
+    def detect(self, texts: Sequence[str]) -> Detection:
+        """Score `texts` (already normalised); any length, never truncated."""
+        ...
+
+    def spans(self, text: str, target: str) -> list[tuple[int, int]]:
+        """Return the characters of `text` that carry the target's entity, sorted, disjoint.
+
+        An empty list means that nothing was found: then all tokens but the last are corrupted
+        (ECO, arXiv 2406.07933, appendix on token classification).
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TargetHit:
+    """One target that a request touches."""
+
+    name: str
+    score: float
+    p_value: float
+    weight: float
+    spans: tuple[Span, ...]
+    enforced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the guard decided about one request.
+
+    Attributes:
+        flagged: True if any target was hit, in whatever status.
+        route: What happens; `pass` if only targets in status `detecting` were hit.
+        coverage: Share of the request's characters that were scored; below 1 is never a pass.
+        targets: The hits, strongest first.
+    """
+
+    flagged: bool
+    route: Route
+    coverage: float
+    targets: tuple[TargetHit, ...]
+
+
+# --- Prompts and engines, as learners and benchmarks see them -----------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedsPart:
+    """Embeddings that take the place of a message's whole content.
+
+    Attributes:
+        embeddings: Input embeddings, shape (tokens, hidden), as the model's own embedding function
+            would give them (family scaling applied).
+    """
+
+    embeddings: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message; its content is text or embeddings."""
+
+    role: str
+    content: str | EmbedsPart
+
+
+Prompt = tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to generate.
+
+    Attributes:
+        max_tokens: New tokens at most.
+        temperature: 0 is greedy.
+        top_p: Nucleus; 1 keeps all.
+        stop: Strings that end the answer (not included in it).
+        seed: Seed of the sampler; None draws one.
+        logprobs: Number of alternatives to report per token; None reports none.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logprobs: int | None = None
+
+
+class LearningEngine(Protocol):
+    """What learners and benchmarks need of a model: batched answers and their likelihood."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[str]:
+        """Answer each prompt."""
+        ...
+
+    def score_answers(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        adapter: str | None = None,
+        scale: float = 1.0,
+    ) -> list[FloatArray]:
+        """Teacher-force each answer after its prompt.
+
+        Returns:
+            Natural-log probability of each answer token (the end-of-turn token excluded), a
+            vector per answer. The answer's embeddings are clean, as in serving.
+        """
+        ...
