@@ -1,0 +1,258 @@
+"""Corruptions of prompt embeddings: one registry of pure numpy functions.
+
+The fourteen methods of ECO's code (Liu et al., NeurIPS 2024, arXiv 2406.07933), and `mix-generic`,
+our own. Each gets the marked tokens alone and returns their new embeddings, so that no method can
+touch another token (in the published code set-noise zeroes, and reverse and shuffle move, tokens
+that were not marked).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from corruptions.seeding import Draws
+from corruptions.spec import CorruptionSpec, SpanPolicy
+from guard.errors import ShapeError
+from guard.registry import Registry
+from guard.types import BoolArray, FloatArray, IntArray
+
+__all__ = ["CORRUPTIONS", "CorruptionFn", "CorruptionSpec", "Marked", "SpanPolicy", "corrupt"]
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """The tokens to corrupt.
+
+    Attributes:
+        rows: Their embeddings, shape (marked, hidden); a copy that a method may write to.
+        runs: Lengths of the stretches of neighbouring marked tokens, in order; sums to `marked`.
+        draws: Source of randomness.
+        bank: Embeddings of generic text, shape (bank tokens, hidden); only `mix-generic` needs it.
+    """
+
+    rows: FloatArray
+    runs: tuple[int, ...]
+    draws: Draws
+    bank: FloatArray | None
+
+
+CorruptionFn = Callable[[Marked, CorruptionSpec], FloatArray]
+"""Returns the new embeddings of the marked tokens, shape (marked, hidden)."""
+
+CORRUPTIONS: Registry[CorruptionFn] = Registry("corruption method")
+
+
+def corrupt(
+    embeddings: FloatArray,
+    positions: BoolArray,
+    spec: CorruptionSpec,
+    seed: bytes,
+    bank: FloatArray | None = None,
+) -> FloatArray:
+    """Corrupt the marked tokens of one prompt.
+
+    The same seed always gives the same result, so answers are reproducible and asking again can't
+    average the noise away.
+
+    Args:
+        embeddings: Input embeddings, shape (tokens, hidden), any float dtype; not modified.
+        positions: True for the tokens to corrupt, shape (tokens,).
+        spec: What to do. `span_policy` is the caller's business: it is in `positions` already.
+        seed: Seeds the noise; serving gives HMAC(secret, target, text).
+        bank: Embeddings of generic text, shape (bank tokens, hidden), for methods that need one.
+
+    Returns:
+        New float32 array of the same shape; unmarked tokens are bit-identical.
+
+    Raises:
+        ShapeError: If shapes don't fit, `positions` isn't boolean, or `spec.dims` > hidden.
+        UnknownComponentError: If there is no such method.
+    """
+    method = CORRUPTIONS[spec.method]
+    _check_shapes(embeddings, positions, spec, bank)
+    result = np.array(embeddings, dtype=np.float32)
+    if positions.any():
+        marked = Marked(result[positions], _run_lengths(positions), Draws(seed), bank)
+        result[positions] = method(marked, spec)
+    return result
+
+
+def _check_shapes(
+    embeddings: FloatArray, positions: BoolArray, spec: CorruptionSpec, bank: FloatArray | None
+) -> None:
+    if embeddings.ndim != 2 or not np.issubdtype(embeddings.dtype, np.floating):
+        raise ShapeError(
+            f"embeddings have shape {embeddings.shape} and dtype {embeddings.dtype}; "
+            "give floats of shape (tokens, hidden)"
+        )
+    if positions.dtype != np.bool_ or positions.shape != embeddings.shape[:1]:
+        raise ShapeError(
+            f"positions have shape {positions.shape} and dtype {positions.dtype}; "
+            f"give booleans of shape {embeddings.shape[:1]}, one a token"
+        )
+    hidden = embeddings.shape[1]
+    if spec.dims > hidden:
+        raise ShapeError(f"corruption dims is {spec.dims}; this model's embeddings have {hidden}")
+    if bank is not None and (bank.ndim != 2 or not len(bank) or bank.shape[1] != hidden):
+        raise ShapeError(f"bank has shape {bank.shape}; give (tokens >= 1, {hidden})")
+
+
+def _run_lengths(positions: BoolArray) -> tuple[int, ...]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], positions, [False]]).astype(np.int8)))
+    return tuple(int(length) for length in edges[1::2] - edges[::2])
+
+
+def _largest(keys: FloatArray, count: int) -> IntArray:
+    """Return the columns of the `count` largest keys of each row, ties by column.
+
+    Shape (rows, count). Stable, so that equal values pick the same columns everywhere.
+    """
+    return np.argsort(-keys, axis=1, kind="stable")[:, :count]
+
+
+def _add_at(rows: FloatArray, columns: IntArray, values: FloatArray | float) -> FloatArray:
+    index = np.arange(len(rows))[:, None]
+    rows[index, columns] += values
+    return rows
+
+
+def _noise(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Draw N(0, strength^2), shape (marked, dims)."""
+    return marked.draws.normal(len(marked.rows), spec.dims) * np.float32(spec.strength)
+
+
+# --- Noise: the identity at strength 0 -----------------------------------------------------------
+
+
+@CORRUPTIONS.register("random-noise-first-n")
+def random_noise_first_n(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Add noise to the first `dims` dimensions: ECO's setting for most of its experiments."""
+    marked.rows[:, : spec.dims] += _noise(marked, spec)
+    return marked.rows
+
+
+@CORRUPTIONS.register("random-noise-random-n")
+def random_noise_random_n(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Add noise to `dims` dimensions drawn once, the same for all marked tokens."""
+    columns = marked.draws.permutation(marked.rows.shape[1])[: spec.dims]
+    marked.rows[:, columns] += _noise(marked, spec)
+    return marked.rows
+
+
+@CORRUPTIONS.register("random-noise-top-k")
+def random_noise_top_k(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Add noise to each token's `dims` dimensions of largest magnitude."""
+    columns = _largest(np.abs(marked.rows), spec.dims)
+    return _add_at(marked.rows, columns, _noise(marked, spec))
+
+
+@CORRUPTIONS.register("set-noise")
+def set_noise(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Replace the first `dims` dimensions by noise (by zeros at strength 0)."""
+    marked.rows[:, : spec.dims] = _noise(marked, spec)
+    return marked.rows
+
+
+# --- Without a scale -----------------------------------------------------------------------------
+
+
+@CORRUPTIONS.register("zero-out-first-n")
+def zero_out_first_n(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Set the first `dims` dimensions to zero."""
+    marked.rows[:, : spec.dims] = 0
+    return marked.rows
+
+
+@CORRUPTIONS.register("zero-out-top-k")
+def zero_out_top_k(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Set each token's `dims` dimensions of largest magnitude to zero."""
+    columns = _largest(np.abs(marked.rows), spec.dims)
+    marked.rows[np.arange(len(marked.rows))[:, None], columns] = 0
+    return marked.rows
+
+
+@CORRUPTIONS.register("flip-sign-first-n")
+def flip_sign_first_n(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Negate the first `dims` dimensions."""
+    marked.rows[:, : spec.dims] *= -1
+    return marked.rows
+
+
+@CORRUPTIONS.register("flip-sign-top-k")
+def flip_sign_top_k(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Negate each token's `dims` dimensions of largest magnitude."""
+    columns = _largest(np.abs(marked.rows), spec.dims)
+    marked.rows[np.arange(len(marked.rows))[:, None], columns] *= -1
+    return marked.rows
+
+
+@CORRUPTIONS.register("reverse-order")
+def reverse_order(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Put the marked tokens into each other's places, last to first."""
+    return marked.rows[::-1]
+
+
+@CORRUPTIONS.register("shuffle")
+def shuffle(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Put the marked tokens into each other's places, in random order."""
+    return marked.rows[marked.draws.permutation(len(marked.rows))]
+
+
+# --- Constant shifts: the identity at strength 0 -------------------------------------------------
+
+
+@CORRUPTIONS.register("add-first-n")
+def add_first_n(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Add `strength` to the first `dims` dimensions."""
+    marked.rows[:, : spec.dims] += np.float32(spec.strength)
+    return marked.rows
+
+
+@CORRUPTIONS.register("subtract-first-n")
+def subtract_first_n(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Subtract `strength` from the first `dims` dimensions."""
+    marked.rows[:, : spec.dims] -= np.float32(spec.strength)
+    return marked.rows
+
+
+@CORRUPTIONS.register("subtract-top-k")
+def subtract_top_k(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Subtract `strength` from each token's `dims` largest dimensions, by signed value."""
+    return _add_at(marked.rows, _largest(marked.rows, spec.dims), -spec.strength)
+
+
+@CORRUPTIONS.register("add-least-k")
+def add_least_k(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Add `strength` to each token's `dims` smallest dimensions, by signed value."""
+    return _add_at(marked.rows, _largest(-marked.rows, spec.dims), spec.strength)
+
+
+# --- Our own -------------------------------------------------------------------------------------
+
+
+@CORRUPTIONS.register("mix-generic")
+def mix_generic(marked: Marked, spec: CorruptionSpec) -> FloatArray:
+    """Move each marked token by an RMS distance of at most `strength` toward generic text.
+
+    Each stretch of marked tokens heads for one stretch of the bank, chosen at random:
+    e' = e + min(1, strength / rms(b - e)) * (b - e). White noise leads off the manifold of real
+    embeddings and makes a small model babble; a token of real text keeps it fluent. The identity
+    at strength 0; from a strength of about 1.5 times the embeddings' RMS the bank's text itself.
+
+    Raises:
+        ShapeError: If there is no bank.
+    """
+    if marked.bank is None:
+        raise ShapeError("mix-generic needs a bank of embeddings of generic text; got none")
+    starts = marked.draws.integers(len(marked.bank), len(marked.runs))
+    offsets = [
+        start + step for start, run in zip(starts, marked.runs, strict=True) for step in range(run)
+    ]
+    way = marked.bank[np.array(offsets) % len(marked.bank)].astype(np.float32) - marked.rows
+    length = np.sqrt(np.mean(np.square(way), axis=1, keepdims=True))
+    share = np.minimum(1.0, spec.strength / np.maximum(length, np.finfo(np.float32).tiny))
+    moved: FloatArray = (marked.rows + way * share).astype(np.float32)
+    return moved
