@@ -1,0 +1,77 @@
+"""Turn a flagged text into corrupted embeddings: the tokens, their rows, the marked positions.
+
+Serving and the offline learner both come through here, so that a strength is learned on exactly
+what will be served (DESIGN section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from guard.prompts import ContentTokens, ModelPrompts
+from guard.types import BoolArray, FloatArray
+
+
+class Corrupter(Protocol):
+    """One target's corruption, its spec bound in; pure and deterministic."""
+
+    def __call__(self, embeddings: FloatArray, positions: BoolArray, seed: bytes) -> FloatArray:
+        """Return corrupted embeddings.
+
+        Args:
+            embeddings: Shape (tokens, hidden); not modified.
+            positions: True where a token may be corrupted, shape (tokens,).
+            seed: Seeds every random draw.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Corruption:
+    """What one target does to one text.
+
+    Attributes:
+        corrupter: The target's corruption.
+        spans: Characters of the text to corrupt.
+        seed: Seed of the noise, a function of key, target and text.
+    """
+
+    corrupter: Corrupter
+    spans: tuple[tuple[int, int], ...]
+    seed: bytes
+
+
+def corrupted_embeddings(
+    prompts: ModelPrompts, tokens: ContentTokens, corruptions: Sequence[Corruption]
+) -> FloatArray:
+    """Embed `tokens` and corrupt them by each target in turn.
+
+    Returns:
+        Embeddings, shape (tokens, hidden), float32.
+    """
+    embeddings = prompts.embed(tokens.ids)
+    for corruption in corruptions:
+        positions = marked_positions(tokens.offsets, corruption.spans)
+        embeddings = corruption.corrupter(embeddings, positions, corruption.seed)
+    return embeddings
+
+
+def marked_positions(
+    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+) -> BoolArray:
+    """Mark the tokens that overlap a span; all of them where no token does.
+
+    A flagged text is never left clean, even if its spans fall between its tokens.
+
+    Args:
+        offsets: Characters of each token, (start, end).
+        spans: Characters to mark, (start, end).
+    """
+    marked = np.zeros(len(offsets), dtype=np.bool_)
+    for index, (start, end) in enumerate(offsets):
+        marked[index] = any(start < stop and begin < end for begin, stop in spans)
+    return marked if marked.any() else np.ones_like(marked)
