@@ -229,11 +229,13 @@ def _check_parts(messages: list[Any]) -> None:
     for index, message in enumerate(messages):
         parts = message.get("content") if isinstance(message, dict) else None
         for number, part in enumerate(parts if isinstance(parts, list) else ()):
-            kind = part.get("type", _MISSING) if isinstance(part, dict) else None
+            if not isinstance(part, dict):
+                continue
             param = f"messages[{index}].content[{number}].type"
-            if kind is _MISSING:
+            if "type" not in part:
                 code = "missing_required_parameter"
                 raise RequestError(f"field '{param}' is required", code=code, param=param)
+            kind = part["type"]
             if isinstance(kind, str) and kind not in _TEXT_PARTS:
                 raise RequestError(
                     f"content parts of type {_short(kind)} are not accepted: the guard reads text "
