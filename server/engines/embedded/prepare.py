@@ -155,7 +155,7 @@ def _make(target: Path, report: Progress) -> None:
     try:
         _write_model(source, temporary, report)
         _write_manifest(temporary)
-        os.chmod(temporary, 0o755)  # noqa: S103 (mkdtemp makes it private; a cache is not secret)
+        os.chmod(temporary, 0o755)
         os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
