@@ -26,7 +26,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from guard.disk import disk_errors, replace_file
+from guard.disk import disk_errors
 from guard.errors import ArtifactError
 from guard.keys import GuardKey
 
@@ -34,6 +34,7 @@ GENESIS = "0" * 64
 _OWN_FIELDS = frozenset({"seq", "time", "kind", "prev", "hash", "mac"})
 _ROW_PURPOSE = "ledger/row"
 _HEAD_PURPOSE = "ledger/head"
+_SECTOR = 512
 _DURABLE_KINDS = frozenset({"bundle"})
 
 
@@ -324,16 +325,27 @@ def _head_path(path: Path) -> Path:
 
 
 def _write_head(path: Path, head: _Head, key: GuardKey | None, durable: bool) -> None:
+    """Overwrite the head in one write within one disk sector, which a crash does not tear.
+
+    Replacing the file by a rename costs a hundred times as much on common file systems, and every
+    reader and writer holds the ledger's lock.
+    """
     value: dict[str, Any] = {"seq": head.seq, "hash": head.hash, "size": head.size}
     if key is not None:
         value["mac"] = key.digest(_HEAD_PURPOSE, _canonical(value))
-    replace_file(_head_path(path), _canonical(value) + b"\n", durable)
+    descriptor = os.open(_head_path(path), os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        os.pwrite(descriptor, _canonical(value).ljust(_SECTOR - 1) + b"\n", 0)
+        if durable:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read_head(path: Path, key: GuardKey | None) -> _Head | None:
     """Read the head file; None if there is none, or it is damaged or not signed with `key`."""
     try:
-        value = json.loads(_head_path(path).read_bytes())
+        value = json.loads(_head_path(path).read_bytes()[:_SECTOR])
         head = _Head(int(value["seq"]), str(value["hash"]), int(value["size"]))
         mac = value.pop("mac", None)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
