@@ -53,6 +53,7 @@ from guard.manifest import (
     check_name,
     check_path,
     now,
+    target_prefix,
 )
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "Manifest",
     "TargetEntry",
     "check_name",
+    "target_prefix",
 ]
 
 CURRENT = "current"
@@ -95,13 +97,16 @@ class Bundle:
             raise
 
     def path(self, rel: str) -> Path:
-        """Return the place of a file that the manifest lists.
+        """Return the place of a file that the manifest lists, or of a folder of such files.
 
         Raises:
-            ArtifactError: If it lists no such file.
+            ArtifactError: If it lists no such file or folder.
         """
-        if rel not in self.manifest.files:
-            raise ArtifactError(f"bundle {self.dir} holds no file {rel!r}")
+        folder = rel.rstrip("/") + "/"
+        if rel not in self.manifest.files and not any(
+            name.startswith(folder) for name in self.manifest.files
+        ):
+            raise ArtifactError(f"bundle {self.dir} holds no {rel!r}")
         return self.dir / rel
 
     def read(self, rel: str) -> bytes:
@@ -111,10 +116,8 @@ class Bundle:
             ArtifactError: If there is none, or it was altered.
         """
         path = self.path(rel)
-        try:
+        with disk_errors(f"{path} can't be read"):
             data = path.read_bytes()
-        except OSError as error:
-            raise ArtifactError(f"{path} can't be read: {error.strerror}") from error
         if hashlib.sha256(data).hexdigest() != self.manifest.files[rel].sha256:
             raise ArtifactError(f"{path} was altered: its hash is not the manifest's")
         return data

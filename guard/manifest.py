@@ -50,6 +50,15 @@ def check_path(rel: str) -> str:
     return rel
 
 
+def target_prefix(name: str) -> str:
+    """Return the folder of a target's files in the bundle, with a slash at the end.
+
+    Raises:
+        ConfigError: If that can't be a target's name.
+    """
+    return f"targets/{check_name(name)}/"
+
+
 def now() -> str:
     """Return the time as ISO 8601 in UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -94,7 +103,7 @@ class TargetEntry(_Strict):
     @property
     def prefix(self) -> str:
         """Folder of the target's files in the bundle, with a slash at the end."""
-        return f"targets/{self.name}/"
+        return target_prefix(self.name)
 
 
 class Manifest(_Strict):

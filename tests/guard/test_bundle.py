@@ -58,6 +58,17 @@ def test_a_new_bundle_holds_what_was_written(store: BundleStore) -> None:
     assert (store.root / "current").read_text() == "000001\n"
 
 
+def test_a_bundle_says_where_its_files_and_folders_are(store: BundleStore) -> None:
+    fill(store)
+    bundle = store.current()
+
+    assert bundle.path("encoder") == bundle.dir / "encoder"
+    assert bundle.path("encoder/model.onnx").read_bytes() == BIG
+    for rel in ("enc", "encoder/other", "../000001/encoder", "manifest.json", "."):
+        with pytest.raises(ArtifactError, match="holds no"):
+            bundle.path(rel)
+
+
 def test_the_next_version_shares_unchanged_files_and_leaves_the_old_as_it_was(
     store: BundleStore,
 ) -> None:
