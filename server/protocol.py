@@ -1,0 +1,95 @@
+"""Uvicorn's HTTP protocol with limits on headers, and errors in OpenAI's format.
+
+Uvicorn itself waits for ever for a first request's headers, and takes any amount of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, ClassVar, cast
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from server.errors import ApiError
+
+
+class _HeadersTooLarge(Exception):
+    """More header bytes than are accepted."""
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """One client connection."""
+
+    header_timeout_s: ClassVar[float] = 20.0
+    max_header_bytes: ClassVar[int] = 65_536
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._header_bytes = 0
+        self._header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock for the first request."""
+        super().connection_made(transport)
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._disarm()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """Start the clock for a request's headers."""
+        super().on_message_begin()
+        self._header_bytes = 0
+        self._arm()
+
+    def on_url(self, url: bytes) -> None:
+        """Count the bytes of the request line."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count the bytes of a header."""
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Stop the clock."""
+        self._disarm()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP, in OpenAI's format, and close."""
+        error = ApiError(400, "this is not valid HTTP", code="bad_request", close=True)
+        if self._header_bytes > self.max_header_bytes:
+            text = f"the headers are too large: at most {self.max_header_bytes} bytes are accepted"
+            error = ApiError(431, text, code="headers_too_large", close=True)
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        if cycle is None or cycle.response_complete:
+            self.transport.write(_raw(error))
+        self.transport.close()
+
+    def _count(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > self.max_header_bytes:
+            raise _HeadersTooLarge
+
+    def _arm(self) -> None:
+        self._disarm()
+        self._header_timer = self.loop.call_later(self.header_timeout_s, self._late)
+
+    def _disarm(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _late(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+def _raw(error: ApiError) -> bytes:
+    body = error.body()
+    lines = [b": ".join(line) for line in error.header_lines(len(body))]
+    return b"\r\n".join([b"HTTP/1.1 %d Error" % error.status, *lines, b"", body])

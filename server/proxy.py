@@ -1,0 +1,276 @@
+"""The way of one request: limits, guard, engine, answer (DESIGN section 3)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Final
+
+from starlette.types import Message, Receive, Scope, Send
+
+from guard.errors import EngineError, StageError
+from guard.request import parse_request
+from guard.types import Route
+from server.engines.base import Engine, EngineResponse
+from server.errors import (
+    ApiError,
+    ApiErrorRaised,
+    ClientGone,
+    content_refused,
+    guard_failed,
+    log_failure,
+    overloaded,
+    send_error,
+    to_api_error,
+)
+from server.limits import (
+    BearerKeys,
+    Workers,
+    check_content_type,
+    pick_headers,
+    read_body,
+    send_and_linger,
+)
+from server.metrics import Metrics
+from server.streaming import relay, relay_refusal, until_gone
+from server.types import GuardLike, ServerOptions
+
+if TYPE_CHECKING:
+    from guard.pipeline import Inspection
+
+REQUEST_HEADERS: Final = ("accept", "x-request-id", "traceparent", "tracestate")
+_CLIENT_LEFT: Final = 499
+
+
+class ModelNames:
+    """The engine's models, remembered for a while."""
+
+    def __init__(self, engine: Engine, ttl_s: float) -> None:
+        self._engine, self._ttl_s = engine, ttl_s
+        self._names: list[str] = []
+        self._until = 0.0
+        self._lock = asyncio.Lock()
+
+    async def get(self) -> list[str]:
+        """Return the public names; remembered ones if the engine can't say just now.
+
+        Raises:
+            EngineError: If the engine never said.
+        """
+        if time.monotonic() < self._until:
+            return self._names
+        async with self._lock:
+            if time.monotonic() >= self._until:
+                try:
+                    self._names = await self._engine.models()
+                    self._until = time.monotonic() + self._ttl_s
+                except EngineError:
+                    if not self._names:
+                        raise
+        return self._names
+
+
+class Proxy:
+    """What all requests share.
+
+    Args:
+        guard: Decides and rewrites.
+        engine: Answers.
+        options: Limits and policies.
+    """
+
+    def __init__(self, guard: GuardLike, engine: Engine, options: ServerOptions) -> None:
+        self.guard, self.engine, self.options = guard, engine, options
+        self.keys = BearerKeys(options.api_keys)
+        self.workers = Workers(options.workers, options.max_waiting)
+        # The ledger must not wait behind decisions: its lateness would mark flagged requests.
+        self.recorder = Workers(1, options.max_in_flight, "ledger")
+        self.metrics = Metrics(lambda: self.workers.waiting)
+        self.models = ModelNames(engine, options.models_ttl_s)
+        self.in_flight = 0
+
+    def close(self) -> None:
+        """Give the threads back."""
+        self.workers.close()
+        self.recorder.close()
+
+
+class Completions:
+    """ASGI endpoint of one of the two completion routes."""
+
+    def __init__(self, endpoint: str, proxy: Proxy) -> None:
+        self._endpoint, self._proxy = endpoint, proxy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; never raises for what a client, the guard or the engine did."""
+        proxy = self._proxy
+        exchange = _Exchange(self._endpoint, proxy, scope, receive, send)
+        begun = time.perf_counter()
+        proxy.in_flight += 1
+        proxy.metrics.in_flight.inc()
+        try:
+            status = await exchange.run()
+        finally:
+            proxy.in_flight -= 1
+            proxy.metrics.in_flight.dec()
+        proxy.metrics.request_seconds.observe(time.perf_counter() - begun)
+        proxy.metrics.requests.labels(self._endpoint, exchange.route, str(status)).inc()
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(
+        self, endpoint: str, proxy: Proxy, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        self.endpoint, self.proxy, self.options = endpoint, proxy, proxy.options
+        self.scope, self.receive, self._send = scope, receive, send
+        self.route: Route | str = "none"
+        self._started = False
+        self._finished = False
+
+    async def send(self, message: Message) -> None:
+        self._started = True
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._finished = True
+        await self._send(message)
+
+    async def run(self) -> int:
+        """Answer, and return the status that was sent."""
+        try:
+            return await self._answer()
+        except ClientGone:
+            return _CLIENT_LEFT
+        except Exception as error:
+            return await self._fail(error)
+
+    async def _fail(self, error: Exception) -> int:
+        answer = to_api_error(error)
+        if answer.status >= 500 and not isinstance(error, ApiErrorRaised):
+            self.proxy.metrics.failures.labels(answer.code or "unknown").inc()
+            log_failure(f"{self.endpoint} answered {answer.status}", error)
+        if self._started:
+            return answer.status  # too late to say so; returning unfinished breaks the connection
+        if answer.status == 413:
+            await send_and_linger(self.send, self.receive, answer)
+        else:
+            await send_error(self.send, answer)
+        return answer.status
+
+    async def _answer(self) -> int:
+        options = self.options
+        self.proxy.keys.check(self.scope)
+        if self.proxy.in_flight > options.max_in_flight:
+            raise ApiErrorRaised(overloaded())
+        check_content_type(self.scope)
+        body = await read_body(
+            self.scope, self.receive, options.max_body_bytes, options.body_timeout_s
+        )
+        return await until_gone(self.receive, self._guarded(body), lambda: self._finished)
+
+    async def _guarded(self, body: bytes) -> int:
+        inspection = await self._inspect(body)
+        model = inspection.request.model if inspection else parse_request(self.endpoint, body).model
+        if model not in await self.proxy.models.get():
+            raise ApiErrorRaised(
+                ApiError(
+                    404,
+                    f"the model '{model[:100]}' does not exist; GET /v1/models lists those that do",
+                    code="model_not_found",
+                    param="model",
+                )
+            )
+        if inspection is None:
+            return await self._relay(await self._post(body))
+        return await self._decided(inspection, body)
+
+    async def _inspect(self, body: bytes) -> Inspection | None:
+        """Decide; None if that failed and the operator wants such requests passed."""
+        begun = time.perf_counter()
+        try:
+            async with asyncio.timeout(self.options.decide_timeout_s):
+                inspection = await self.proxy.workers.run(
+                    self.proxy.guard.inspect, self.endpoint, body
+                )
+        except (StageError, TimeoutError) as error:
+            log_failure("the guard failed to decide", error)
+            self.proxy.metrics.failures.labels("guard").inc()
+            if self.options.on_error == "refuse":
+                raise ApiErrorRaised(guard_failed()) from error
+            self.route = "pass"
+            return None
+        self.proxy.metrics.decide_seconds.observe(time.perf_counter() - begun)
+        self.route = _route(inspection)
+        self.proxy.metrics.decisions.labels(self.route).inc()
+        return inspection
+
+    async def _decided(self, inspection: Inspection, body: bytes) -> int:
+        """Act on a decision. The ledger is written while the engine works, not before."""
+        record: asyncio.Task[None] | None = None
+        if inspection.decision.flagged:
+            record = asyncio.create_task(self._record(inspection))
+        try:
+            response = await self._routed(inspection, body)
+            try:
+                if record is not None:
+                    await asyncio.shield(record)
+            except BaseException:
+                await response.aclose()
+                raise
+        finally:
+            if record is not None:
+                await _settled(record)
+        replaced = self.route == "corrupt"
+        return await self._relay(response, replaced=replaced)
+
+    async def _routed(self, inspection: Inspection, body: bytes) -> EngineResponse:
+        if self.route == "pass":
+            return await self._post(body)
+        if self.route != "corrupt":
+            raise ApiErrorRaised(content_refused())
+        return await self._post(await self.proxy.workers.run(self.proxy.guard.rewrite, inspection))
+
+    async def _record(self, inspection: Inspection) -> None:
+        try:
+            await self.proxy.recorder.run(self.proxy.guard.record, inspection)
+        except Exception as error:
+            log_failure("the ledger could not be written", error)
+            self.proxy.metrics.failures.labels("ledger").inc()
+            raise ApiErrorRaised(guard_failed()) from error
+
+    async def _post(self, body: bytes) -> EngineResponse:
+        headers = pick_headers(self.scope, REQUEST_HEADERS)
+        if self.options.forward_authorization:
+            headers |= pick_headers(self.scope, ("authorization",))
+        headers["content-type"] = "application/json"
+        begun = time.perf_counter()
+        async with asyncio.timeout(self.options.engine_timeout_s):
+            response = await self.proxy.engine.post(self.endpoint, body, headers)
+        self.proxy.metrics.first_byte_seconds.observe(time.perf_counter() - begun)
+        # A redirect, or our own key refused, is a fault of this set-up and not of the client.
+        ours = response.status in (401, 403) and not self.options.forward_authorization
+        if ours or not (200 <= response.status < 300 or 400 <= response.status < 600):
+            await response.aclose()
+            raise EngineError(f"the engine answered with status {response.status}")
+        return response
+
+    async def _relay(self, response: EngineResponse, *, replaced: bool = False) -> int:
+        try:
+            if replaced and response.status >= 400:
+                return await relay_refusal(response, self.send, self.options.idle_timeout_s)
+            return await relay(response, self.send, self.options.idle_timeout_s)
+        finally:
+            await response.aclose()
+
+
+def _route(inspection: Inspection) -> Route:
+    """The decision's route; what was not read whole never passes."""
+    decision = inspection.decision
+    return "block" if decision.route == "pass" and decision.coverage < 1.0 else decision.route
+
+
+async def _settled(task: asyncio.Task[None]) -> None:
+    """Let a task end by itself and take note of its outcome."""
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()

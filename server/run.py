@@ -1,0 +1,96 @@
+"""Runs the application on uvicorn."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from server.protocol import LimitedProtocol
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn that says where it listens."""
+
+    on_started: Callable[[str], None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self.on_started is not None:
+            self.on_started(self.address())
+
+    def address(self) -> str:
+        """Return the first address that is listened on."""
+        bound = self.servers[0].sockets[0].getsockname()
+        if isinstance(bound, str):
+            return f"unix:{bound}"
+        host = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
+        return f"http://{host}:{bound[1]}"
+
+
+def make_server(
+    app: ASGIApp,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    uds: str | None = None,
+    shutdown_timeout_s: int = 30,
+    on_started: Callable[[str], None] | None = None,
+) -> uvicorn.Server:
+    """Build the server without running it; see `serve`."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        uds=uds,
+        loop="uvloop",
+        http=LimitedProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        # Forwarded addresses are what a client claims; /metrics goes by the real peer.
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=shutdown_timeout_s,
+    )
+    server = _Server(config)
+    server.on_started = on_started
+    return server
+
+
+def serve(
+    app: ASGIApp,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    uds: str | None = None,
+    shutdown_timeout_s: int = 30,
+    on_started: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM; answers in work get `shutdown_timeout_s` to end.
+
+    Args:
+        app: The application.
+        host: Address to listen on.
+        port: TCP port; 0 picks a free one.
+        uds: Path of a Unix socket, instead of host and port.
+        shutdown_timeout_s: Seconds for running answers at shutdown.
+        on_started: Called with the address once requests are taken.
+
+    Raises:
+        KeyboardInterrupt: After a shutdown by SIGINT.
+        SystemExit: If the application or the socket could not be started.
+    """
+    server = make_server(
+        app,
+        host,
+        port,
+        uds=uds,
+        shutdown_timeout_s=shutdown_timeout_s,
+        on_started=on_started,
+    )
+    server.run()

@@ -1,0 +1,75 @@
+"""What the proxy is given: a guard, its state of readiness, and options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from guard.pipeline import Inspection
+
+
+class GuardLike(Protocol):
+    """The part of `guard.pipeline.Guard` that the proxy calls, always in a worker thread."""
+
+    def inspect(self, endpoint: str, body: bytes) -> Inspection:
+        """Parse a request strictly and decide on it."""
+        ...
+
+    def rewrite(self, inspection: Inspection) -> bytes:
+        """Return the body with flagged contents replaced by corrupted embeddings."""
+        ...
+
+    def record(self, inspection: Inspection) -> None:
+        """Write a flagged decision to the ledger."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """What `/ready` says besides the engine's health.
+
+    Attributes:
+        bundle_version: Version of the bundle that is loaded; None if none is.
+        self_check: Outcome of the start-up check; `failed` is never ready.
+    """
+
+    bundle_version: int | None = None
+    self_check: Literal["passed", "failed", "skipped"] = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Limits and policies of the proxy; every time is in seconds, every size in bytes.
+
+    Attributes:
+        api_keys: Keys that clients may send as bearer tokens; empty lets everyone in.
+        metrics_key: Bearer token for `/metrics`; without one, only loopback peers may read it,
+            because its counters would tell a client whether its request was flagged.
+        on_error: What happens when the guard fails to decide: `refuse` answers 503, `pass` sends
+            the request on unguarded. A request known to be flagged is never passed.
+        forward_authorization: Send the client's Authorization header to the engine.
+        max_body_bytes: Longest body; above it 413.
+        body_timeout_s: Time for a client to send its body; above it 408.
+        workers: Threads that decide and rewrite.
+        max_waiting: Requests that may wait for a worker; above it 503.
+        max_in_flight: Requests in work at one time; above it 503.
+        decide_timeout_s: Time for a decision, waiting included; above it 503.
+        engine_timeout_s: Time until the engine's answer begins; above it 504.
+        idle_timeout_s: Time between two pieces of an answer, from the engine or to the client.
+        models_ttl_s: How long the engine's list of models is remembered.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    metrics_key: str | None = None
+    on_error: Literal["refuse", "pass"] = "refuse"
+    forward_authorization: bool = False
+    max_body_bytes: int = 10_000_000
+    body_timeout_s: float = 60.0
+    workers: int = 2
+    max_waiting: int = 128
+    max_in_flight: int = 1024
+    decide_timeout_s: float = 60.0
+    engine_timeout_s: float = 600.0
+    idle_timeout_s: float = 120.0
+    models_ttl_s: float = 10.0
