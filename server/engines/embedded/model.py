@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -148,7 +148,7 @@ class EmbeddedModel:
         adapter: str | Path | None = None,
         scale: float = 1.0,
         cancelled: Callable[[], bool] | None = None,
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """Draw `n` answers to one prompt, a token at a time; the prompt is read once.
 
         The caller must exhaust or close the iterator in the thread that began it.

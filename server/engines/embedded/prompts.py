@@ -59,20 +59,20 @@ class PromptEncoder:
         messages: Sequence[Mapping[str, Any]],
         embeds: Sequence[FloatArray] = (),
         tools: Sequence[Mapping[str, Any]] | None = None,
-        **kwargs: Any,
+        options: Mapping[str, Any] | None = None,
     ) -> EncodedPrompt:
         """Render messages through the chat template; each placeholder takes the next embeddings.
 
         Raises:
             RequestError: The template refuses the messages, or drops or doubles an embeddings part.
         """
-        return self.splice(self._tokenise(self.render(messages, tools, **kwargs)), embeds)
+        return self.splice(self._tokenise(self.render(messages, tools, options)), embeds)
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        **kwargs: Any,
+        options: Mapping[str, Any] | None = None,
     ) -> str:
         """Render messages through the model's chat template.
 
@@ -81,10 +81,13 @@ class PromptEncoder:
         """
         import jinja2
 
-        options = {"add_generation_prompt": True, **kwargs, "tokenize": False}
         try:
             text: str = self.tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) if tools else None, **options
+                list(messages),
+                tools=list(tools) if tools else None,
+                add_generation_prompt=True,
+                tokenize=False,
+                **(options or {}),
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise RequestError(
