@@ -1,0 +1,152 @@
+"""Make a `Guard` from a bundle: the one place where the pillars meet.
+
+The pillars are imported inside functions, so that nothing loads that a command does not need.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+
+from guard.bundle import Bundle, BundleStore, TargetEntry
+from guard.errors import ArtifactError, IncompatibleArtifactError
+from guard.keys import GuardKey
+from guard.ledger import Ledger
+from guard.pipeline import Guard, TargetPolicy
+from guard.prompts import ModelFingerprint, ModelPrompts
+from guard.rewrite import Corrupter
+from guard.types import BoolArray, Detector, FloatArray
+
+ENCODER_DIR = "encoder"
+HEAD_FILE = "head.safetensors"
+LEXICON_FILE = "lexicon.enc"
+BANK_FILE = "corruption/bank.safetensors"
+
+
+def load_guard(
+    *,
+    store: BundleStore,
+    key: GuardKey,
+    prompts: ModelPrompts | None,
+    ledger: Ledger | None,
+    threads: int | None = None,
+) -> Guard:
+    """Load the current version of a bundle.
+
+    Args:
+        store: Where the bundle lies.
+        key: The key it was made with.
+        prompts: The served model's files; None gives a guard that only decides.
+        ledger: Where flagged decisions go.
+        threads: Threads of the encoder; None leaves it to ONNX Runtime.
+
+    Raises:
+        BundleNotFoundError: If there is none.
+        IncompatibleArtifactError: If it was made with another key or for another model.
+        ArtifactError: If a file is missing or changed.
+    """
+    bundle = store.current()
+    bundle.verify()
+    check_key(bundle, key)
+    if prompts is not None:
+        check_model(bundle, prompts.fingerprint)
+    return Guard(
+        detector=load_detector(bundle, key, threads),
+        targets={
+            name: TargetPolicy(
+                status=entry.status,
+                corrupter=make_corrupter(entry.corruption, load_bank(bundle)),
+                entity_only=entry.corruption["spec"]["span_policy"] == "entity",
+            )
+            for name, entry in bundle.manifest.targets.items()
+        },
+        key=key,
+        prompts=prompts,
+        ledger=ledger,
+        version=bundle.manifest.version,
+    )
+
+
+def check_key(bundle: Bundle, key: GuardKey) -> None:
+    """Refuse a key that the bundle was not made with.
+
+    Raises:
+        IncompatibleArtifactError: Names both keys' ids.
+    """
+    if bundle.manifest.key_id != key.id:
+        raise IncompatibleArtifactError(
+            f"bundle {bundle.root} was made with key {bundle.manifest.key_id}, but key {key.id} "
+            "was given; give the right one by --key-file or UNLEARN_GUARD_KEY"
+        )
+
+
+def check_model(bundle: Bundle, fingerprint: ModelFingerprint) -> None:
+    """Refuse a model that the bundle was not made for.
+
+    Raises:
+        IncompatibleArtifactError: Names what differs.
+    """
+    made_for = ModelFingerprint.from_dict(bundle.manifest.model)
+    ours, theirs = fingerprint.to_dict(), made_for.to_dict()
+    differing = [
+        f"{field} {ours[field]!r} instead of {theirs[field]!r}"
+        for field in ours
+        if ours[field] != theirs[field]
+    ]
+    if differing:
+        raise IncompatibleArtifactError(
+            f"bundle {bundle.root} was made for another model: {'; '.join(differing)}; "
+            "serve the model it was made for, or make a bundle for this one"
+        )
+
+
+def load_detector(bundle: Bundle, key: GuardKey, threads: int | None = None) -> Detector:
+    """Load encoder and heads of all targets of a bundle."""
+    from classifiers.detector import TargetArtifact
+    from classifiers.detector import load_detector as load
+
+    artifacts = [
+        TargetArtifact.from_bytes(
+            name,
+            head=bundle.read(entry.prefix + HEAD_FILE),
+            lexicon=read_lexicon(bundle, entry, key),
+        )
+        for name, entry in bundle.manifest.targets.items()
+    ]
+    return load(bundle.dir / ENCODER_DIR, artifacts, threads=threads)
+
+
+def read_lexicon(bundle: Bundle, entry: TargetEntry, key: GuardKey) -> bytes:
+    """Decrypt a target's lexicon: its names and titles are personal data."""
+    sealed = bundle.read(entry.prefix + LEXICON_FILE)
+    return key.decrypt("lexicon", sealed, aad=entry.name.encode())
+
+
+def load_bank(bundle: Bundle) -> FloatArray | None:
+    """Load the bundle's generic embeddings, shape (tokens, hidden), if it has any."""
+    if BANK_FILE not in bundle.manifest.files:
+        return None
+    from safetensors.numpy import load
+
+    return np.asarray(load(bundle.read(BANK_FILE))["bank"], dtype=np.float32)
+
+
+def make_corrupter(corruption: Mapping[str, object], bank: FloatArray | None) -> Corrupter:
+    """Bind a target's corruption spec.
+
+    Raises:
+        ArtifactError: If the spec can't be read, or needs a bank that the bundle doesn't hold.
+    """
+    from corruptions.ops import CorruptionSpec, corrupt
+
+    spec_fields = corruption.get("spec")
+    if not isinstance(spec_fields, Mapping):
+        raise ArtifactError(f"corruption has no spec: {json.dumps(corruption)[:200]}")
+    spec = CorruptionSpec.from_dict(spec_fields)
+
+    def corrupter(embeddings: FloatArray, positions: BoolArray, seed: bytes) -> FloatArray:
+        return corrupt(embeddings, positions, spec, seed, bank)
+
+    return corrupter
