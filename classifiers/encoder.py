@@ -32,6 +32,9 @@ RUNS_PER_TASK = 8
 """Windows that a thread takes at a time."""
 CHUNK_CHARS = 20_000
 """Characters tokenised at a time: the tokenizer needs hundreds of bytes for each."""
+FIRST_WORD = 1996
+"""First id of BERT's English vocabulary that is a word ("the")."""
+
 SIGNATURE = 16
 SIGNATURE_TOLERANCE = 0.05
 """8-bit kernels differ a little from CPU to CPU; another model differs by about 1."""
@@ -107,6 +110,18 @@ class OnnxEncoder:
     def source_hash(self) -> str:
         """Digest of the files that the encoder was exported from."""
         return str(self.config["source_sha256"])
+
+    def word_rank(self, word: str) -> int | None:
+        """Return the place of a case-folded word in general English, None if it is a rare one.
+
+        BERT's vocabulary lists whole words roughly by falling frequency.
+        """
+        token = self._tokenizer.token_to_id(word)
+        return None if token is None else max(0, int(token) - FIRST_WORD)
+
+    def is_common(self, word: str) -> bool:
+        """True for a word of general English: the vocabulary has it in one piece."""
+        return self._tokenizer.token_to_id(word) is not None
 
     def windows(self, text: str) -> list[Window]:
         """Cut a text into windows that together cover every character; at least one window."""

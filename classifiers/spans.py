@@ -1,0 +1,49 @@
+"""Which characters of a flagged text carry the forgotten entity (ECO's token classifier).
+
+ECO marks person names with a downloaded NER model; here the target's own lexicon marks them, on
+the same normalised text. Where nothing is found the caller corrupts all tokens but the last, as ECO
+does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from classifiers.lexicon import FUZZY_FACTOR, STRONG, Lexicon
+
+Place = tuple[int, int]
+
+GAP = 3
+"""Characters between two marked words that are marked with them: a space, a hyphen, an initial."""
+
+
+def merge_places(places: Iterable[Place], gap: int = 0) -> list[Place]:
+    """Return sorted, disjoint places; those at most `gap` characters apart become one."""
+    merged: list[Place] = []
+    for start, end in sorted(places):
+        if merged and start <= merged[-1][1] + gap:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        elif end > start:
+            merged.append((start, end))
+    return merged
+
+
+def entity_places(text: str, lexicon: Lexicon) -> list[Place]:
+    """Return the places of the target's names and titles in a text.
+
+    Weak terms (a place name, a common first name) count only beside a strong one.
+    """
+    matches = lexicon.matches(text)
+    if not any(match.weight >= STRONG * FUZZY_FACTOR for match in matches):
+        return []
+    return merge_places(((match.start, match.end) for match in matches), GAP)
+
+
+def blank_places(text: str, places: Iterable[Place]) -> str:
+    """Return the text with the places replaced by a neutral word of the same role."""
+    out, at = [], 0
+    for start, end in places:
+        out.append(text[at:start])
+        out.append("it")
+        at = end
+    return "".join([*out, text[at:]])
