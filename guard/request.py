@@ -28,6 +28,8 @@ RESERVED_TOKEN: Final = "<prompt_embeds>"
 
 MAX_DEPTH: Final = 64
 MAX_PROMPTS: Final = 256
+MAX_BRACKETS: Final = 200_000
+MAX_COMMAS: Final = 1_000_000
 
 Detokenise = Callable[[Sequence[int]], str]
 
@@ -146,6 +148,9 @@ def replace_contents(request: ParsedRequest, replacements: Mapping[int, bytes]) 
 
 
 def _decode(body: bytes) -> dict[str, Any]:
+    # A body of nothing but brackets costs a hundred times its size; no conversation has as many.
+    if body.count(b"{") + body.count(b"[") > MAX_BRACKETS or body.count(b",") > MAX_COMMAS:
+        raise _bad_json("it holds too many objects, arrays or values")
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -215,6 +215,8 @@ def test_an_answer_can_be_sent_back_as_history() -> None:
         b'{"model":"m\\ud800","messages":[]}',
         b'{"a\\udfff":1}',
         b"[" * 200_000,
+        b"[" + b"{}," * 300_000 + b"{}]",
+        b'{"model":"m","prompt":[' + b"1," * 1_100_000 + b"1]}",
         b'{"a":' * 100 + b"1" + b"}" * 100,
         b'{"model":"m","messages":[{"role":"user","content":"caf\xe9"}]}',
     ],
