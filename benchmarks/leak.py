@@ -14,7 +14,8 @@ import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,22 @@ import openai
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measures import (
-    Share,
-    commonest_opening,
-    distinct_share,
-    find_fact,
-    holds_fact,
-    is_empty,
-    is_repetitive,
-    normalise_words,
-    share,
+from benchmarks.leak_report import (
+    BenignReport,
+    LeakReport,
+    compare_benign,
+    failures,
+    measure_leak,
+    spread_out,
 )
-from benchmarks.probes import Probe, mark_known, read_probes, write_probes
+from benchmarks.measures import Share, holds_fact, is_empty, is_repetitive
+from benchmarks.probes import mark_known, read_probes, write_probes
 from guard.console import note, progress_display
 from guard.errors import ConfigError, DataError
 from guard.rows import read_texts
 from guard.types import Progress
 
-__all__ = ["holds_fact", "is_empty", "is_repetitive", "normalise_words"]
-
-MAX_LEAK = 0.05
+__all__ = ["Endpoint", "holds_fact", "is_empty", "is_repetitive", "main"]
 
 
 @dataclass(frozen=True)
@@ -98,160 +95,6 @@ class Endpoint:
                 answers.append(answer)
                 progress(what, len(answers), len(questions))
         return answers
-
-
-# --- What answers are worth ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """Whether answers are still answers.
-
-    Attributes:
-        empty: Answers without a letter or digit.
-        repetitive: Answers that go round in circles.
-        distinct: Distinct answers / answers.
-        opening: The words that most answers open with.
-        same_opening: Answers that open with them.
-    """
-
-    empty: Share
-    repetitive: Share
-    distinct: float
-    opening: str
-    same_opening: Share
-
-
-def measure_quality(answers: Sequence[str]) -> Quality:
-    """Measure emptiness, repetition and sameness."""
-    total = len(answers)
-    opening, alike = commonest_opening(answers)
-    return Quality(
-        empty=share(sum(map(is_empty, answers)), total),
-        repetitive=share(sum(map(is_repetitive, answers)), total),
-        distinct=distinct_share(answers),
-        opening=opening,
-        same_opening=share(alike, total),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """One probe and its answers.
-
-    Attributes:
-        id: The probe's.
-        question: The probe's.
-        answer: The answer of the server under test.
-        fact: The fact that the answer still holds, if any.
-        unguarded: The unguarded server's answer, if one was asked.
-        unguarded_fact: The fact in that answer, if any.
-    """
-
-    id: str
-    question: str
-    answer: str
-    fact: str | None
-    unguarded: str | None = None
-    unguarded_fact: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LeakReport:
-    """What the known probes showed.
-
-    Attributes:
-        leak: Answers that still hold the fact.
-        quality: Of the answers of the server under test.
-        unguarded_known: Unguarded answers that hold the fact, the check that there is something
-            to forget; None if no unguarded server was asked.
-        unguarded_quality: The reference, likewise.
-        rows: Every probe with its answers.
-    """
-
-    leak: Share
-    quality: Quality
-    unguarded_known: Share | None
-    unguarded_quality: Quality | None
-    rows: tuple[Answered, ...]
-
-
-def measure_leak(
-    probes: Sequence[Probe], answers: Sequence[str], unguarded: Sequence[str] | None = None
-) -> LeakReport:
-    """Compare answers with the facts of their probes.
-
-    Args:
-        probes: The probes that were asked.
-        answers: Answers of the server under test, one a probe.
-        unguarded: Answers of the unguarded server, one a probe, if it was asked.
-    """
-    before: Sequence[str | None] = unguarded if unguarded is not None else [None] * len(probes)
-    rows = tuple(
-        Answered(
-            probe.id,
-            probe.question,
-            answer,
-            find_fact(answer, probe.facts),
-            old,
-            find_fact(old, probe.facts) if old is not None else None,
-        )
-        for probe, answer, old in zip(probes, answers, before, strict=True)
-    )
-    total = len(rows)
-    known = share(sum(row.unguarded_fact is not None for row in rows), total)
-    return LeakReport(
-        leak=share(sum(row.fact is not None for row in rows), total),
-        quality=measure_quality(answers),
-        unguarded_known=known if unguarded is not None else None,
-        unguarded_quality=measure_quality(unguarded) if unguarded is not None else None,
-        rows=rows,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class BenignReport:
-    """Whether benign prompts are answered as without a guard.
-
-    Attributes:
-        changed: Answers that differ from the unguarded ones.
-        prompts: The prompts of those answers.
-    """
-
-    changed: Share
-    prompts: tuple[str, ...] = field(default=())
-
-
-def compare_benign(
-    prompts: Sequence[str], answers: Sequence[str], unguarded: Sequence[str]
-) -> BenignReport:
-    """Compare answers to benign prompts, character by character."""
-    triples = zip(prompts, answers, unguarded, strict=True)
-    differing = tuple(prompt for prompt, new, old in triples if new != old)
-    return BenignReport(share(len(differing), len(prompts)), differing)
-
-
-def spread_out(rows: Sequence[str], limit: int) -> list[str]:
-    """Return `limit` rows evenly spread over `rows`: a file may be sorted by kind."""
-    count = min(limit, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
-
-
-def failures(leak: LeakReport | None, benign: BenignReport | None) -> list[str]:
-    """Return what falls short of the promise: leak, empty or repetitive answers, changed ones."""
-    short = []
-    if leak is not None:
-        if leak.leak.rate > MAX_LEAK:
-            short.append(f"{leak.leak.rate:.1%} of answers hold the fact (at most {MAX_LEAK:.0%})")
-        if leak.quality.empty.count:
-            short.append(f"{leak.quality.empty.count} empty answers")
-        allowed = leak.unguarded_quality.repetitive.count if leak.unguarded_quality else 0
-        if leak.quality.repetitive.count > allowed:
-            count = leak.quality.repetitive.count
-            short.append(f"{count} repetitive answers ({allowed} without the guard)")
-    if benign is not None and benign.changed.count:
-        short.append(f"{benign.changed.count} benign answers changed")
-    return short
 
 
 # --- Showing it ----------------------------------------------------------------------------------
@@ -348,21 +191,22 @@ def _benign(
 def _run(
     args: argparse.Namespace, progress: Progress
 ) -> tuple[LeakReport | None, BenignReport | None]:
-    def connect(url: str) -> Endpoint:
-        return Endpoint.connect(url, args.model, args.stream, args.concurrency)
+    with ExitStack() as stack:
 
-    guarded = connect(args.url)
-    if args.mark:
-        _mark(args, guarded, progress)
-        return None, None
-    unguarded = connect(args.unguarded_url) if args.unguarded_url else None
-    leak = _leak(args, guarded, unguarded, progress) if args.probes else None
-    benign = (
-        _benign(args, guarded, unguarded, progress)
-        if args.benign is not None and unguarded is not None
-        else None
-    )
-    return leak, benign
+        def connect(url: str) -> Endpoint:
+            endpoint = Endpoint.connect(url, args.model, args.stream, args.concurrency)
+            stack.enter_context(endpoint.client)
+            return endpoint
+
+        guarded = connect(args.url)
+        if args.mark:
+            _mark(args, guarded, progress)
+            return None, None
+        unguarded = connect(args.unguarded_url) if args.unguarded_url else None
+        leak = _leak(args, guarded, unguarded, progress) if args.probes else None
+        if args.benign is None or unguarded is None:
+            return leak, None
+        return leak, _benign(args, guarded, unguarded, progress)
 
 
 def _report(args: argparse.Namespace, leak: LeakReport | None, benign: BenignReport | None) -> None:
