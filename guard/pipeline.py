@@ -20,7 +20,13 @@ from guard.ledger import Ledger
 from guard.normalise import Normalised, normalise
 from guard.prompts import ContentTokens, ModelPrompts
 from guard.request import ParsedRequest, parse_request, replace_contents
-from guard.rewrite import Corrupter, Corruption, corrupted_embeddings
+from guard.rewrite import (
+    Corrupter,
+    Corruption,
+    all_but_final_mark,
+    corrupted_embeddings,
+    noise_seed,
+)
 from guard.types import (
     Decision,
     Detection,
@@ -171,19 +177,14 @@ class Guard:
         )
 
     def _spans(self, name: str, seen: _Seen) -> list[Span]:
-        """Spans in the original text; where the finder names none, all but a final mark.
-
-        ECO (arXiv 2406.07933) then corrupts all tokens but the prompt's last. Here the template's
-        own clean tokens follow every content, so only final punctuation needs to stay.
-        """
+        """Spans in the original text; where the finder names none, all but a final mark."""
         found = (
             self.detector.spans(seen.normalised.text, name)
             if self.targets[name].entity_only
             else []
         )
         if not found:
-            text = seen.segment.text
-            return [Span(seen.segment.path, 0, len(text.rstrip(" \t\n.,;:!?…。？！")) or len(text))]
+            return [Span(seen.segment.path, *all_but_final_mark(seen.segment.text))]
         return [Span(seen.segment.path, *seen.normalised.to_original(*span)) for span in found]
 
     # --- Rewriting -----------------------------------------------------------------------------
@@ -234,16 +235,14 @@ class Guard:
                     Corruption(
                         corrupter=self.targets[hit.name].corrupter,
                         spans=tuple(found),
-                        seed=self.noise_seed(hit.name, contents[index].text),
+                        seed=noise_seed(self._key, hit.name, contents[index].text),
                     )
                 )
         return plan
 
-    def noise_seed(self, target: str, text: str) -> bytes:
-        """Seed of a target's noise on a text: the same text always gets the same noise."""
-        return bytes.fromhex(self._key.digest("noise", f"{target}\0{text}".encode()))
-
-    def _embeds(self, request: ParsedRequest, index: int, corruptions: Sequence[Corruption]) -> bytes:
+    def _embeds(
+        self, request: ParsedRequest, index: int, corruptions: Sequence[Corruption]
+    ) -> bytes:
         assert self.prompts is not None  # rewrite() saw to it
         embeddings = corrupted_embeddings(self.prompts, self._tokens(request, index), corruptions)
         return embeds_part(embeddings, best_dtype(embeddings, self.prompts.table_dtype)).encode()
@@ -253,7 +252,10 @@ class Guard:
         if request.endpoint == "/v1/completions":
             return self.prompts.prompt_tokens(request.prompts()[index])
         return self.prompts.content_tokens(
-            request.raw["messages"], index, tools=request.raw.get("tools")
+            request.raw["messages"],
+            index,
+            tools=request.raw.get("tools"),
+            **(request.raw.get("chat_template_kwargs") or {}),
         )
 
     # --- Recording -----------------------------------------------------------------------------

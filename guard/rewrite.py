@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from guard.keys import GuardKey
 from guard.prompts import ContentTokens, ModelPrompts
 from guard.types import BoolArray, FloatArray
 
@@ -75,3 +76,17 @@ def marked_positions(
     for index, (start, end) in enumerate(offsets):
         marked[index] = any(start < stop and begin < end for begin, stop in spans)
     return marked if marked.any() else np.ones_like(marked)
+
+
+def all_but_final_mark(text: str) -> tuple[int, int]:
+    """The span of a flagged text in which the finder names no entity.
+
+    ECO (arXiv 2406.07933) then corrupts all tokens but the prompt's last. Here the template's own
+    clean tokens follow every content, so only final punctuation needs to stay.
+    """
+    return 0, len(text.rstrip(" \t\n.,;:!?…。？！")) or len(text)
+
+
+def noise_seed(key: GuardKey, target: str, text: str) -> bytes:
+    """Seed of a target's noise on a text: the same text always gets the same noise."""
+    return bytes.fromhex(key.digest("noise", f"{target}\0{text}".encode()))
