@@ -1,4 +1,4 @@
-"""The files of a Hugging Face model that the guard reads: where they are, and what they must hold."""
+"""The files of a Hugging Face model that the guard reads: where they are, what they must hold."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def find_model(model: str | Path) -> tuple[Path, Callable[[str], Path]]:
     if directory.is_dir():
         return directory, lambda file: directory / file
     name = str(model)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or directory.is_absolute():
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise ArtifactError(f"there is no model directory {name!r}")
     from huggingface_hub import hf_hub_download, snapshot_download
 

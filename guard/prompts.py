@@ -75,8 +75,9 @@ class ContentTokens:
         offsets: Characters of each token, (start, end) in code points of the text. A token that
             spells no text (a beginning-of-sequence mark) has an empty span.
         exact: True if the prompt with these tokens in an embeddings part has exactly the tokens of
-            the text prompt. False where the tokenizer merges characters across the border: then
-            the tokens that overlap the content are taken, and border characters may come twice.
+            the text prompt. False where the tokenizer merges characters across the border (a
+            content that begins with a line end, say): then the prompt keeps its length where white
+            space can be dropped for it, or else border characters come twice.
     """
 
     ids: list[int]
@@ -223,17 +224,13 @@ class ModelPrompts:
             return ContentTokens([], [])
         encoding = self._tokenizer.encode(whole, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets
-        first = next(i for i, (_, end) in enumerate(offsets) if end > start)
-        last = next(i for i in reversed(range(len(ids))) if offsets[i][0] < stop)
-        inside = slice(first, last + 1)
-        places = [
-            (where[max(begin - start, 0)], where[min(end, stop) - start - 1] + 1)
-            if end > begin
-            else (where[min(max(begin - start, 0), stop - start - 1)],) * 2
-            for begin, end in offsets[inside]
-        ]
         around = self._tokenizer.encode(marked, add_special_tokens=False).ids
         at = around.index(self._placeholder_id)
+        inside = _inside(offsets, start, stop)
+        if around[:at] + ids[inside] + around[at + 1 :] != ids:
+            wanted = len(ids) - (len(around) - 1)
+            inside = _settle_border(whole, offsets, inside, (start, stop), wanted)
+        places = [_place(span, start, stop, where) for span in offsets[inside]]
         exact = around[:at] + ids[inside] + around[at + 1 :] == ids
         return ContentTokens(ids[inside], places, exact)
 
@@ -332,6 +329,47 @@ def _content_place(marked: str, whole: str, place: str) -> tuple[int, int]:
             place, "the chat template renders differently around an embeddings part"
         )
     return len(before), len(whole) - len(after)
+
+
+def _inside(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> slice:
+    """Return which tokens overlap the characters [start, stop); none where no token does."""
+    first = next((i for i, (_, end) in enumerate(offsets) if end > start), len(offsets))
+    backwards = reversed(range(len(offsets)))
+    last = next((i for i in backwards if offsets[i][0] < stop), -1)
+    return slice(first, max(first, last + 1))
+
+
+def _settle_border(
+    whole: str,
+    offsets: Sequence[tuple[int, int]],
+    inside: slice,
+    content: tuple[int, int],
+    wanted: int,
+) -> slice:
+    """Drop tokens of white space that reach across the border if that keeps the prompt's length.
+
+    A prompt that is longer or shorter than its text would show in the answer's usage.
+    """
+    first, last = inside.start, inside.stop
+    start, stop = content
+    while last - first > wanted:
+        begin, end = offsets[first]
+        if begin < start and whole[start:end].isspace():
+            first, start = first + 1, end
+        elif offsets[last - 1][1] > stop and whole[offsets[last - 1][0] : stop].isspace():
+            last, stop = last - 1, offsets[last - 1][0]
+        else:
+            return inside
+    return slice(first, last)
+
+
+def _place(span: tuple[int, int], start: int, stop: int, where: Sequence[int]) -> tuple[int, int]:
+    """Return a token's characters in the original text, from its characters in the prompt."""
+    begin, end = max(span[0], start), min(span[1], stop)
+    if end <= begin:
+        at = where[min(begin, stop - 1) - start]
+        return at, at
+    return where[begin - start], where[end - start - 1] + 1
 
 
 def _align(body: str, parts: Sequence[str]) -> list[int] | range | None:
