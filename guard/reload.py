@@ -1,0 +1,111 @@
+"""A guard that follows its bundle: a new version is loaded beside the old one, then swapped in."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from guard.errors import GuardError, StageError
+from guard.pipeline import Guard, Inspection
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldInspection(Inspection):
+    """An inspection, and the guard that made it: it alone may act on it."""
+
+    guard: Guard
+
+
+class LiveGuard:
+    """Passes requests to the newest good version of a bundle.
+
+    A request that one version decided on is rewritten and recorded by the same one. A version that
+    can't be loaded is reported once and the old one kept.
+
+    Args:
+        load: Loads and verifies the current version.
+        current_version: Reads its number.
+        closed: Refuse every request until `open` is called: nothing is sent on unchecked.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Guard],
+        current_version: Callable[[], int],
+        closed: bool = False,
+    ) -> None:
+        self._load, self._current_version = load, current_version
+        self._guard = load()
+        self._seen = self._guard.version
+        self._closed = closed
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def guard(self) -> Guard:
+        """The guard that new requests go to."""
+        return self._guard
+
+    def open(self) -> None:
+        """Take requests: the self-check has passed."""
+        self._closed = False
+
+    def inspect(self, endpoint: str, body: bytes) -> HeldInspection:
+        """Parse a request and decide on it; see `Guard.inspect`."""
+        if self._closed:
+            raise StageError("self-check", RuntimeError("it has not passed yet"))
+        guard = self._guard
+        inspection = guard.inspect(endpoint, body)
+        return HeldInspection(inspection.request, inspection.decision, guard)
+
+    def rewrite(self, inspection: Inspection) -> bytes:
+        """Rewrite a flagged request; see `Guard.rewrite`."""
+        return self._guard_of(inspection).rewrite(inspection)
+
+    def record(self, inspection: Inspection) -> None:
+        """Write a flagged decision to the ledger; see `Guard.record`."""
+        self._guard_of(inspection).record(inspection)
+
+    def follow(self, every_s: float) -> None:
+        """Look for new versions in a thread of its own, until `stop`."""
+        if every_s > 0 and self._thread is None:
+            self._thread = threading.Thread(
+                target=self._follow, args=(every_s,), name="bundle-reload", daemon=True
+            )
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Stop looking."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def refresh(self) -> bool:
+        """Load the current version if it is new; say whether it was swapped in."""
+        try:
+            version = self._current_version()
+            if version == self._seen:
+                return False
+            self._seen = version
+            guard = self._load()
+        except (GuardError, OSError) as error:
+            log.error(
+                "the bundle's new version can't be used, version %d stays: %s",
+                self._guard.version,
+                error,
+            )
+            return False
+        self._guard = guard
+        log.warning("bundle version %d is in use now", guard.version)
+        return True
+
+    def _follow(self, every_s: float) -> None:
+        while not self._stopping.wait(every_s):
+            self.refresh()
+
+    def _guard_of(self, inspection: Inspection) -> Guard:
+        return inspection.guard if isinstance(inspection, HeldInspection) else self._guard

@@ -1,0 +1,271 @@
+"""Settings: flags over environment over one YAML file over defaults; unknown names are refused.
+
+The one place that reads UNLEARN_GUARD_* variables.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from guard.errors import ConfigError
+
+PREFIX = "UNLEARN_GUARD_"
+ENV_CONFIG = f"{PREFIX}CONFIG"
+MASK = "********"
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+def _split(value: Any) -> Any:
+    """Read a list from one string, `a,b`, as the environment gives it."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+class Settings(BaseSettings):
+    """What can be set, with its default. Times are in seconds, sizes in bytes.
+
+    Attributes:
+        engine: `embedded` runs the model in this process; `vllm` asks one at `upstream`.
+        upstream: Base URL of vLLM, e.g. `http://127.0.0.1:8001`.
+        upstream_api_key: Sent to it as a bearer token.
+        model: Directory or Hugging Face id of the served model; None is the packaged SmolLM2.
+        served_model_name: The name that clients ask for; None takes it from `model`.
+        bundle: Folder `bundles/<name>`.
+        key_file: File of the bundle's key; None is `bundles/<name>.key`.
+        key: The key itself, base64, instead of a file.
+        ledger: The ledger's file; None is `ledger.jsonl` in the bundle's folder.
+        cache_dir: Where prepared models are kept; None is the user's cache directory.
+        host: Address to listen on.
+        port: Port to listen on; 0 picks a free one.
+        api_keys: Keys that clients must send, one of them; empty lets everyone in.
+        metrics_key: Bearer token for `/metrics`; without it only this machine may read them.
+        forward_authorization: Send the client's Authorization header to the engine.
+        on_error: When the guard fails to decide: `refuse` answers 503, `pass` lets through.
+        max_body_bytes: Longest request body.
+        body_timeout_s: For a client to send its body.
+        decide_timeout_s: For a decision, waiting for it included.
+        engine_timeout_s: Until the engine's answer begins.
+        idle_timeout_s: Between two pieces of an answer.
+        connect_timeout_s: To connect to the upstream.
+        max_queue: Requests that wait for the embedded engine; beyond it 429.
+        max_in_flight: Requests in work at one time; beyond it 503.
+        workers: Threads that decide and rewrite.
+        threads: Threads of the encoder and the embedded model; None leaves it to them.
+        reload_s: How often a new version of the bundle is looked for; 0 never.
+        self_check: Whether `serve` refuses to start when engine, model and bundle don't fit.
+        fpr_budget: Share of benign requests that a new target may flag.
+        seed: Of everything random in learning.
+        log_level: Least level that is logged.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        env_ignore_empty=True,
+    )
+
+    engine: Literal["embedded", "vllm"] = "embedded"
+    upstream: str | None = None
+    upstream_api_key: SecretStr | None = None
+    model: str | None = None
+    served_model_name: Annotated[str, Field(min_length=1)] | None = None
+    bundle: Path = Path("bundles/default")
+    key_file: Path | None = None
+    key: SecretStr | None = None
+    ledger: Path | None = None
+    cache_dir: Path | None = None
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)] = ()
+    metrics_key: SecretStr | None = None
+    forward_authorization: bool = False
+    on_error: Literal["refuse", "pass"] = "refuse"
+    max_body_bytes: Annotated[int, Field(ge=1_000)] = 10_000_000
+    body_timeout_s: Seconds = 60.0
+    decide_timeout_s: Seconds = 60.0
+    engine_timeout_s: Seconds = 600.0
+    idle_timeout_s: Seconds = 120.0
+    connect_timeout_s: Seconds = 5.0
+    max_queue: Annotated[int, Field(ge=0)] = 16
+    max_in_flight: Annotated[int, Field(ge=1)] = 1024
+    workers: Annotated[int, Field(ge=1, le=256)] = 2
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    reload_s: Annotated[float, Field(ge=0, le=86_400)] = 1.0
+    self_check: bool = True
+    fpr_budget: Annotated[float, Field(gt=0, lt=1)] = 0.001
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+
+    @field_validator("upstream")
+    @classmethod
+    def _check_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("expected a URL such as http://127.0.0.1:8001")
+        if parts.username or parts.password:
+            raise ValueError("put credentials into upstream_api_key, not into the URL")
+        if parts.query or parts.fragment:
+            raise ValueError("expected a base URL without query or fragment")
+        return value.rstrip("/").removesuffix("/v1")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *others: PydanticBaseSettingsSource,
+        **more: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take values from `load_settings` alone, which knows where each is from."""
+        return (init_settings,)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSettings:
+    """Settings, and where each is from.
+
+    Attributes:
+        values: The effective settings.
+        sources: By name: `flag`, `environment UNLEARN_GUARD_…`, `file …` or `default`.
+    """
+
+    values: Settings
+    sources: dict[str, str]
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Return `{name: {"value", "source"}}` as plain JSON values, secrets masked."""
+        return {
+            name: {"value": _shown(getattr(self.values, name)), "source": self.sources[name]}
+            for name in Settings.model_fields
+        }
+
+
+def load_settings(
+    flags: Mapping[str, Any] | None = None,
+    config: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> LoadedSettings:
+    """Put the settings together.
+
+    Args:
+        flags: From the command line, by setting; None values are flags that weren't given.
+        config: The YAML file; None takes UNLEARN_GUARD_CONFIG, if set.
+        environ: The environment; None takes the process's.
+
+    Raises:
+        ConfigError: If a name is unknown or a value can't be used; says which and from where.
+    """
+    environ = os.environ if environ is None else environ
+    config = config or environ.get(ENV_CONFIG) or None
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(Settings.model_fields, "default")
+    for name, value in (_read_yaml(Path(config)) if config else {}).items():
+        values[name], sources[name] = value, f"file {config}"
+    for name, text in _read_environment(environ).items():
+        values[name], sources[name] = text, f"environment {PREFIX}{name.upper()}"
+    for name, value in (flags or {}).items():
+        if value is not None:
+            values[name], sources[name] = value, "flag"
+    try:
+        return LoadedSettings(Settings(**values), sources)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, sources)) from None
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    found = {}
+    for variable in sorted(environ):
+        if not variable.startswith(PREFIX) or variable == ENV_CONFIG:
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name not in Settings.model_fields or variable != f"{PREFIX}{name.upper()}":
+            known = [f"{PREFIX}{field.upper()}" for field in [*Settings.model_fields, "config"]]
+            raise ConfigError(
+                f"unknown environment variable {variable}{_nearest(variable.upper(), known)}; "
+                "`unlearn-guard config` lists all settings"
+            )
+        if environ[variable]:
+            found[name] = environ[variable]
+    return found
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
+    except OSError as error:
+        raise ConfigError(f"settings file {path} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"settings file {path} is not UTF-8") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        text = " ".join(str(error).split()) or "nested too deeply"
+        raise ConfigError(f"settings file {path} is not valid YAML: {text}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"settings file {path}: expected `name: value` lines")
+    for name in value:
+        if name not in Settings.model_fields:
+            raise ConfigError(
+                f"settings file {path}: unknown setting {name!r}"
+                f"{_nearest(str(name), list(Settings.model_fields))}; "
+                "`unlearn-guard config` lists all"
+            )
+    return value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping from the node."""
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.YAMLError(f"a key is given twice near line {node.start_mark.line + 1}")
+        return mapping
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if _is_secret(name) else f" (got {str(first['input'])[:80]!r})"
+    return f"setting {name} from {sources.get(name, 'flag')}: {message}{got}"
+
+
+def _is_secret(name: str) -> bool:
+    field = Settings.model_fields.get(name)
+    return field is not None and "SecretStr" in repr(field.annotation)
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, SecretStr):
+        return MASK
+    if isinstance(value, tuple):
+        return [_shown(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
