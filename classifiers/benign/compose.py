@@ -83,7 +83,7 @@ def reading_rows() -> Iterator[Row]:
             yield Row("\n\n".join(order), task["category"], "en")
 
 
-def long_rows(count: int = 130) -> Iterator[Row]:
+def long_rows(count: int = 110) -> Iterator[Row]:
     """Documents of about 300 to 3000 words, made of whole paragraphs, with a task around them."""
     rng = rng_for("long")
     filler = Filler("long-slots")
@@ -186,7 +186,7 @@ def table_rows(count: int = 90) -> Iterator[Row]:
 
 
 def encoded(text: str, rng: random.Random, kind: int) -> str:
-    """`text` as base64, hex, URL encoding, binary, ROT13-like shift or Morse-free spelling."""
+    """`text` as base64, hex, URL encoding or its first bytes in binary; else a random UUID."""
     data = text.encode()
     if kind == 0:
         return base64.b64encode(data).decode()

@@ -10,7 +10,8 @@ from classifiers.benign import benign_path, compose
 from classifiers.benign.seeds import Filler, Row, read_seeds, rng_for
 from classifiers.benign.styles import restyle
 
-ROWS_PER_TEMPLATE = 9
+# The other languages have fewer templates each, so each of theirs is used more often.
+ROWS_PER_TEMPLATE = {"templates_en": 5, "templates_other": 7}
 RESTYLED_SHARE = 0.12
 
 
@@ -22,11 +23,11 @@ def free_rows() -> Iterator[Row]:
 
 
 def template_rows() -> Iterator[Row]:
-    """Every template, filled at most `ROWS_PER_TEMPLATE` times; some English ones restyled."""
-    for name in ("templates_en", "templates_other"):
+    """Every template, filled `ROWS_PER_TEMPLATE` times; some English rows restyled."""
+    for name, times in ROWS_PER_TEMPLATE.items():
         filler = Filler(name)
         for seed in read_seeds(name):
-            for text in filler.several(seed["text"], seed["lang"], ROWS_PER_TEMPLATE):
+            for text in filler.several(seed["text"], seed["lang"], times):
                 if seed["lang"] == "en" and filler.rng.random() < RESTYLED_SHARE:
                     text = restyle(text, filler.rng)
                 yield Row(text, seed["category"], seed["lang"])
