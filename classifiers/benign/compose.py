@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from classifiers.benign.seeds import Filler, Row, read_seeds, rng_for
+from classifiers.benign.slots import Filler, Row, read_seeds, rng_for
 from classifiers.benign.styles import with_slips
 
 LETTERS = "ABCD"

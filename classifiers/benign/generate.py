@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 
 from classifiers.benign import benign_path, compose
-from classifiers.benign.seeds import Filler, Row, read_seeds, rng_for
+from classifiers.benign.slots import Filler, Row, read_seeds, rng_for
 from classifiers.benign.styles import restyle
 
 # The other languages have fewer templates each, so each of theirs is used more often.

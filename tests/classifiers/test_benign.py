@@ -6,7 +6,7 @@ import pytest
 
 from classifiers.benign import benign_path, load_benign
 from classifiers.benign.generate import build, fingerprint, render
-from classifiers.benign.seeds import SLOT, Filler, read_seeds
+from classifiers.benign.slots import SLOT, Filler, read_seeds
 from classifiers.benign.styles import restyle
 
 # What the example target and the benchmarks forget must not be among the negatives.
@@ -17,7 +17,7 @@ BANNED = (
 CATEGORIES = {
     "advice", "biography", "books", "characters", "chat", "chat_transcript", "code_review",
     "computing", "cooking", "economics_law", "encoded", "fantasy", "film_tv", "geography",
-    "history", "instructions", "long_text", "maths", "medicine", "multiple_choice", "proofreading",
+    "history", "instructions", "long_text", "maths", "medicine", "multiple_choice", "neighbours", "proofreading",
     "reading_comprehension", "reasoning", "roleplay", "safe_scary", "science", "sports",
     "structured_data", "summarisation", "system_prompt", "translation", "travel", "trivia",
     "word_problems", "work", "writing",
