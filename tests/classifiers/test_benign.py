@@ -17,7 +17,8 @@ BANNED = (
 CATEGORIES = {
     "advice", "biography", "books", "characters", "chat", "chat_transcript", "code_review",
     "computing", "cooking", "economics_law", "encoded", "fantasy", "film_tv", "geography",
-    "history", "instructions", "long_text", "maths", "medicine", "multiple_choice", "neighbours", "proofreading",
+    "history", "instructions", "long_text", "maths", "medicine", "multiple_choice", "neighbours",
+    "proofreading",
     "reading_comprehension", "reasoning", "roleplay", "safe_scary", "science", "sports",
     "structured_data", "summarisation", "system_prompt", "translation", "travel", "trivia",
     "word_problems", "work", "writing",
