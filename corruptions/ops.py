@@ -30,7 +30,7 @@ class Marked:
         rows: Their embeddings, shape (marked, hidden); a copy that a method may write to.
         runs: Lengths of the stretches of neighbouring marked tokens, in order; sums to `marked`.
         draws: Source of randomness.
-        bank: Embeddings of generic text, shape (bank tokens, hidden); only `mix-generic` needs it.
+        bank: Embeddings of generic names, shape (bank tokens, hidden); for `mix-generic` alone.
     """
 
     rows: FloatArray
@@ -62,7 +62,7 @@ def corrupt(
         positions: True for the tokens to corrupt, shape (tokens,).
         spec: What to do. `span_policy` is the caller's business: it is in `positions` already.
         seed: Seeds the noise; serving gives HMAC(secret, target, text).
-        bank: Embeddings of generic text, shape (bank tokens, hidden), for methods that need one.
+        bank: Embeddings of generic names (`corruptions.bank.make_bank`), for `mix-generic`.
 
     Returns:
         New float32 array of the same shape; unmarked tokens are bit-identical.
@@ -235,24 +235,46 @@ def add_least_k(marked: Marked, spec: CorruptionSpec) -> FloatArray:
 
 @CORRUPTIONS.register("mix-generic")
 def mix_generic(marked: Marked, spec: CorruptionSpec) -> FloatArray:
-    """Move each marked token by an RMS distance of at most `strength` toward generic text.
+    """Move each marked token by an RMS distance of at most `strength` toward a generic name.
 
-    Each stretch of marked tokens heads for one stretch of the bank, chosen at random:
-    e' = e + min(1, strength / rms(b - e)) * (b - e). White noise leads off the manifold of real
-    embeddings and makes a small model babble; a token of real text keeps it fluent. The identity
-    at strength 0; from a strength of about 1.5 times the embeddings' RMS the bank's text itself.
+    e' = e + min(1, strength / rms(b - e)) * (b - e), with b from the bank: the identity at
+    strength 0, and from about 1.5 times the embeddings' RMS on the bank's tokens themselves.
+    White noise leads off the manifold of real embeddings and makes a small model babble; a real
+    token keeps it fluent, and the question's frame stays whole. A stretch of marked tokens gets
+    neighbouring rows of the bank, first and last names by turns; equal stretches get equal ones.
 
     Raises:
         ShapeError: If there is no bank.
     """
     if marked.bank is None:
         raise ShapeError("mix-generic needs a bank of embeddings of generic text; got none")
-    starts = marked.draws.integers(len(marked.bank), len(marked.runs))
-    offsets = [
-        start + step for start, run in zip(starts, marked.runs, strict=True) for step in range(run)
-    ]
-    way = marked.bank[np.array(offsets) % len(marked.bank)].astype(np.float32) - marked.rows
+    goal = _generic_rows(marked, marked.bank.astype(np.float32, copy=False))
+    way = goal - marked.rows
     length = np.sqrt(np.mean(np.square(way), axis=1, keepdims=True))
     share = np.minimum(1.0, spec.strength / np.maximum(length, np.finfo(np.float32).tiny))
-    moved: FloatArray = (marked.rows + way * share).astype(np.float32)
+    # At the bank's end of the way, the bank's own values: (e + (b - e)) rounds.
+    moved: FloatArray = np.where(share < 1.0, marked.rows + way * share, goal).astype(np.float32)
     return moved
+
+
+def _generic_rows(marked: Marked, bank: FloatArray) -> FloatArray:
+    """Return a row of the bank for each marked token, shape (marked, hidden)."""
+    starts: dict[bytes, int] = {}
+    rows: list[FloatArray] = []
+    draws = marked.draws.integers(max(1, len(bank) // 2), len(marked.runs))
+    place = 0
+    for run, draw in zip(marked.runs, draws, strict=True):
+        stretch = marked.rows[place : place + run]
+        start = starts.setdefault(stretch[0].tobytes(), 2 * int(draw))
+        rows.append(_unlike(stretch, bank, start))
+        place += run
+    return np.concatenate(rows)
+
+
+def _unlike(stretch: FloatArray, bank: FloatArray, start: int) -> FloatArray:
+    """Return rows of the bank from `start` on, moved on while one is the token it replaces."""
+    for skip in range(0, len(bank), 2):
+        rows = bank[(start + skip + np.arange(len(stretch))) % len(bank)]
+        if not (rows == stretch).all(axis=1).any():
+            return rows
+    return rows
