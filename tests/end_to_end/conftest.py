@@ -117,28 +117,30 @@ class Recorder:
                 break
         if scope["method"] == "POST":
             self.bodies.append(body)
-        async with httpx.AsyncClient(timeout=300) as client:
-            async with client.stream(
+        async with (
+            httpx.AsyncClient(timeout=300) as client,
+            client.stream(
                 scope["method"],
                 self.upstream + scope["path"],
                 content=body,
                 headers={"content-type": "application/json"} if body else {},
-            ) as answer:
-                kept = [
-                    (name, value)
-                    for name, value in answer.headers.raw
-                    if name.lower() == b"content-type"
-                ]
-                await send(
-                    {"type": "http.response.start", "status": answer.status_code, "headers": kept}
-                )
-                seen = b""
-                async for chunk in answer.aiter_raw():
-                    seen += chunk
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await send({"type": "http.response.body", "body": b""})
-                if scope["method"] == "POST":
-                    self.answers.append(seen)
+            ) as answer,
+        ):
+            await self._relay(answer, send, keep=scope["method"] == "POST")
+
+    async def _relay(self, answer: httpx.Response, send: Any, *, keep: bool) -> None:
+        headers = [(name, value) for name, value in answer.headers.raw if name == b"content-type"]
+        await send(
+            {"type": "http.response.start", "status": answer.status_code, "headers": headers}
+        )
+        seen = b""
+        async for chunk in answer.aiter_raw():
+            seen += chunk
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        if keep:
+            # Before the last message: who has read the answer must find it here.
+            self.answers.append(seen)
+        await send({"type": "http.response.body", "body": b""})
 
 
 @pytest.fixture(scope="session")
