@@ -53,6 +53,9 @@ class PromptEncoder:
         token = AddedToken(PLACEHOLDER, special=True, normalized=False)
         tokenizer.add_tokens([token], special_tokens=True)
         self._placeholder: int = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+        # The first call may switch off padding that the tokenizer's file asks for; later ones
+        # change nothing, so that several threads may tokenise at once.
+        tokenizer.encode(PLACEHOLDER)
 
     def chat(
         self,
