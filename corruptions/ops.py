@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class Marked:
         rows: Their embeddings, shape (marked, hidden); a copy that a method may write to.
         runs: Lengths of the stretches of neighbouring marked tokens, in order; sums to `marked`.
         draws: Source of randomness.
-        bank: Embeddings of generic names, shape (bank tokens, hidden); for `mix-generic` alone.
+        bank: Embeddings of generic text, shape (bank tokens, hidden); for `mix-generic` alone.
     """
 
     rows: FloatArray
@@ -62,7 +63,7 @@ def corrupt(
         positions: True for the tokens to corrupt, shape (tokens,).
         spec: What to do. `span_policy` is the caller's business: it is in `positions` already.
         seed: Seeds the noise; serving gives HMAC(secret, target, text).
-        bank: Embeddings of generic names (`corruptions.bank.make_bank`), for `mix-generic`.
+        bank: Embeddings of generic text (`corruptions.bank.make_bank`), for `mix-generic`.
 
     Returns:
         New float32 array of the same shape; unmarked tokens are bit-identical.
@@ -235,13 +236,16 @@ def add_least_k(marked: Marked, spec: CorruptionSpec) -> FloatArray:
 
 @CORRUPTIONS.register("mix-generic")
 def mix_generic(marked: Marked, spec: CorruptionSpec) -> FloatArray:
-    """Move each marked token by an RMS distance of at most `strength` toward a generic name.
+    """Move each marked token by an RMS distance of at most `strength` toward generic text.
 
     e' = e + min(1, strength / rms(b - e)) * (b - e), with b from the bank: the identity at
     strength 0, and from about 1.5 times the embeddings' RMS on the bank's tokens themselves.
     White noise leads off the manifold of real embeddings and makes a small model babble; a real
-    token keeps it fluent, and the question's frame stays whole. A stretch of marked tokens gets
-    neighbouring rows of the bank, first and last names by turns; equal stretches get equal ones.
+    token keeps it fluent, and the question's frame stays whole.
+
+    A stretch of up to `LONGEST_NAME` marked tokens gets neighbouring rows of the bank's names,
+    first and last names by turns; stretches that begin alike get the same. A longer one (a text
+    that no entity was found in) gets the tokens of one of the bank's questions.
 
     Raises:
         ShapeError: If there is no bank.
@@ -257,24 +261,47 @@ def mix_generic(marked: Marked, spec: CorruptionSpec) -> FloatArray:
     return moved
 
 
+LONGEST_NAME: Final = 8
+"""Tokens of the longest stretch that reads as a name."""
+
+
 def _generic_rows(marked: Marked, bank: FloatArray) -> FloatArray:
     """Return a row of the bank for each marked token, shape (marked, hidden)."""
+    names, *texts = _sections(bank)
     starts: dict[bytes, int] = {}
     rows: list[FloatArray] = []
-    draws = marked.draws.integers(max(1, len(bank) // 2), len(marked.runs))
     place = 0
-    for run, draw in zip(marked.runs, draws, strict=True):
+    for run, draw in zip(marked.runs, marked.draws.words(len(marked.runs)), strict=True):
         stretch = marked.rows[place : place + run]
-        start = starts.setdefault(stretch[0].tobytes(), 2 * int(draw))
-        rows.append(_unlike(stretch, bank, start))
+        if texts and run > LONGEST_NAME:
+            rows.append(_of_texts(texts, int(draw), run))
+        else:
+            start = starts.setdefault(stretch[0].tobytes(), int(draw) % max(1, len(names) // 2))
+            rows.append(_of_names(names, 2 * start, stretch))
         place += run
     return np.concatenate(rows)
 
 
-def _unlike(stretch: FloatArray, bank: FloatArray, start: int) -> FloatArray:
-    """Return rows of the bank from `start` on, moved on while one is the token it replaces."""
-    for skip in range(0, len(bank), 2):
-        rows = bank[(start + skip + np.arange(len(stretch))) % len(bank)]
+def _sections(bank: FloatArray) -> list[FloatArray]:
+    """Split the bank at its rows of zeros."""
+    breaks = np.flatnonzero(~bank.any(axis=1))
+    sections = np.split(bank, breaks)
+    return [part for part in (sections[0], *(part[1:] for part in sections[1:])) if len(part)]
+
+
+def _of_texts(texts: list[FloatArray], draw: int, count: int) -> FloatArray:
+    """Return `count` rows: one text from its start, cut off, or followed by the next ones."""
+    start = draw % len(texts)
+    found: list[FloatArray] = []
+    while sum(map(len, found)) < count:
+        found.append(texts[(start + len(found)) % len(texts)])
+    return np.concatenate(found)[:count]
+
+
+def _of_names(names: FloatArray, start: int, stretch: FloatArray) -> FloatArray:
+    """Return neighbouring rows, moved on while one is the very token that it replaces."""
+    for skip in range(0, len(names), 2):
+        rows: FloatArray = names[(start + skip + np.arange(len(stretch))) % len(names)]
         if not (rows == stretch).all(axis=1).any():
-            return rows
+            break
     return rows
