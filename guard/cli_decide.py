@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -34,8 +35,6 @@ def decide(session: Session, /, source: str, out: Path | None, **flags: Any) -> 
     A line is {"messages"}, {"prompt"}, {"text"} or {"endpoint", "body"}, with an "id" if you
     like. What can't be accepted gives {"id", "error"}, as the server would answer 400.
     """
-    import msgspec
-
     from guard.build import load_guard
     from guard.console import note, progress_display
     from guard.decide import decide_lines
@@ -52,7 +51,7 @@ def decide(session: Session, /, source: str, out: Path | None, **flags: Any) -> 
         )
         done = failed = flagged = 0
         for row in decide_lines(guard, file, settings.max_body_bytes):
-            output.write(msgspec.json.encode(row) + b"\n")
+            output.write(json.dumps(row).encode() + b"\n")
             output.flush()
             done, failed = done + 1, failed + ("error" in row)
             flagged += bool(row.get("flagged"))

@@ -57,10 +57,7 @@ def serve(session: Session, /, **flags: Any) -> None:
 
     async def before() -> None:
         await engine.start()
-        if settings.engine == "embedded":
-            await state.check(session, engine, guard)
-        else:
-            state.begin(session, engine, guard)
+        await state.check_or_wait(engine, guard)
 
     guard.follow(settings.reload_s)
     try:
@@ -132,7 +129,7 @@ def chat(
     async def talk() -> None:
         await engine.start()
         try:
-            await state.check(session, engine, guard)
+            await state.check(engine, guard)
             model = (await engine.models())[0]
             note(f"{model}, guarded by {session.settings.bundle}; /exit ends, /new starts again")
             messages = list(opening)
@@ -186,7 +183,7 @@ def make_engine(session: Session, progress: Progress | None = None) -> Engine:
 
     settings = session.settings
     if settings.engine == "vllm":
-        from server.engines.vllm import VllmEngine
+        from server.engines.vllm import VllmEngine, VllmTimeouts
 
         if settings.upstream is None:
             raise ConfigError("--engine vllm needs --upstream URL, e.g. http://127.0.0.1:8001")
@@ -194,6 +191,9 @@ def make_engine(session: Session, progress: Progress | None = None) -> Engine:
         return VllmEngine(
             settings.upstream,
             api_key=None if secret is None else secret.get_secret_value(),
+            timeouts=VllmTimeouts(
+                connect=settings.connect_timeout_s, read=settings.engine_timeout_s
+            ),
         )
     from importlib.util import find_spec
 
@@ -281,45 +281,59 @@ class CheckState:
         outcome = "passed" if self._passed else "failed" if self.wanted else "skipped"
         return Readiness(guard.guard.version, outcome)  # type: ignore[arg-type]
 
-    def begin(self, session: Session, engine: Engine, guard: LiveGuard) -> None:
-        """Check in the background, again and again while the engine can't be reached."""
-        self._task = asyncio.create_task(self._until_reached(session, engine, guard))
-
-    async def check(self, session: Session, engine: Engine, guard: LiveGuard) -> None:
-        """Check once, and let requests through if all is well.
+    async def check(self, engine: Engine, guard: LiveGuard) -> None:
+        """Check, and let requests through if all is well.
 
         Raises:
             SelfCheckError: If something doesn't fit.
+            EngineError: If the engine can't be asked.
         """
         if self.wanted:
-            from server.selfcheck import self_check
+            from server.selfcheck import SAMPLE, self_check
 
             prompts = guard.guard.prompts
-            assert prompts is not None
-            await self_check(engine, prompts)
+            assert prompts is not None  # make_guard() gave them
+            if engine.name == "vllm":
+                report = await self_check(engine, prompts)
+            else:  # it runs the very files that the guard reads: a short look will do
+                report = await self_check(
+                    engine, prompts, sample=SAMPLE[:1], roles=(), completions=False
+                )
+            report.require()
             self._passed = True
         else:
             log.warning("the self-check is off: nothing proves that model and bundle fit")
         guard.open()
+
+    async def check_or_wait(self, engine: Engine, guard: LiveGuard) -> None:
+        """Check now; if the engine can't be asked yet, go on trying in the background."""
+        from guard.errors import EngineError
+
+        try:
+            await self.check(engine, guard)
+        except EngineError as error:
+            log.warning("requests are refused until the engine can be checked: %s", error)
+            self._task = asyncio.create_task(self._until_checked(engine, guard))
 
     def raise_failure(self) -> None:
         """Raise what the background check found, if anything."""
         if self.failure is not None:
             raise self.failure
 
-    async def _until_reached(self, session: Session, engine: Engine, guard: LiveGuard) -> None:
-        from guard.errors import EngineTimeoutError, EngineUnavailableError, GuardError
+    async def _until_checked(self, engine: Engine, guard: LiveGuard) -> None:
+        from guard.errors import EngineError, GuardError
 
         while True:
+            await asyncio.sleep(_RETRY_S)
             try:
-                await self.check(session, engine, guard)
+                await self.check(engine, guard)
+                log.warning("the engine was checked: requests are answered now")
                 return
-            except (EngineUnavailableError, EngineTimeoutError) as error:
-                log.warning("the self-check waits for the engine: %s", error)
-                await asyncio.sleep(_RETRY_S)
+            except EngineError as error:
+                log.info("the engine can't be checked yet: %s", error)
             except GuardError as error:
                 self.failure = error
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)  # an orderly stop
                 return
 
 

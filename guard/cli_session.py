@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from guard.types import Progress
-
 if TYPE_CHECKING:
     from guard.bundle import BundleStore
     from guard.keys import GuardKey
     from guard.ledger import Ledger
     from guard.prompts import ModelPrompts
     from guard.settings import LoadedSettings, Settings
+    from guard.types import Progress
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _LEVELS = {1: "info", 2: "debug"}
@@ -34,6 +33,7 @@ class Session:
     def __init__(self, config: str | None = None, verbosity: int = 0) -> None:
         self._config, self._verbosity = config, verbosity
         self._loaded: LoadedSettings | None = None
+        self._prepared: Path | None = None
 
     def load(self, **flags: Any) -> LoadedSettings:
         """Put the settings together; the first call's flags count."""
@@ -105,9 +105,11 @@ class Session:
         """Return the model's directory or id; prepares the packaged model where none is set."""
         if self.settings.model is not None:
             return self.settings.model
-        from server.engines.embedded.prepare import prepare_smollm2
+        if self._prepared is None:
+            from server.engines.embedded.prepare import prepare_smollm2
 
-        return prepare_smollm2(self.settings.cache_dir, progress)
+            self._prepared = prepare_smollm2(self.settings.cache_dir, progress)
+        return self._prepared
 
     def prompts(self, progress: Progress | None) -> ModelPrompts:
         """Open tokenizer, template and embedding table of the model."""

@@ -161,11 +161,24 @@ def _read(line: str | bytes, number: int, max_body_bytes: int | None) -> _Asked 
         where = f"{error.param}: " if error.param and error.param not in str(error) else ""
         return _Refused(row_id, f"{where}{error}")
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        row_id = _rescued_id(line, number)
         return _Refused(row_id, f"not a JSON object of a form known ({FORMS}): {error}")
 
 
 def _id(line: _Line, number: int) -> Any:
-    return json.loads(bytes(line.id)) if bytes(line.id) else number
+    try:
+        return json.loads(bytes(line.id)) if bytes(line.id) else number
+    except (ValueError, RecursionError):
+        return number
+
+
+def _rescued_id(line: str | bytes, number: int) -> Any:
+    """Find the id of a line that a strict reader refuses but a lenient one can read."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return number
+    return value.get("id", number) if isinstance(value, dict) else number
 
 
 def _request(line: _Line) -> tuple[str, bytes, str | None]:

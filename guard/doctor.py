@@ -151,18 +151,19 @@ def _encoder(session: Session) -> str:
 
 
 async def _engine(session: Session) -> str:
-    from server.selfcheck import self_check
-
     from guard.cli_serve import make_engine
+    from server.selfcheck import self_check
 
     engine = make_engine(session)
     await engine.start()
     try:
         await engine.health()
-        await self_check(engine, session.prompts(None))
+        report = await self_check(engine, session.prompts(None))
     finally:
         await engine.close()
-    return "text and clean embeddings of it give the same answer"
+    report.require()
+    roles = ", ".join(f"{role} {outcome}" for role, outcome in report.roles.items())
+    return f"{report.model} answers text and its clean embeddings alike; roles: {roles}"
 
 
 def _ledger(session: Session) -> str | Finding:

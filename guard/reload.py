@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from guard.errors import GuardError, StageError
+from guard.errors import EngineUnavailableError, GuardError
 from guard.pipeline import Guard, Inspection
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ class LiveGuard:
     def inspect(self, endpoint: str, body: bytes) -> HeldInspection:
         """Parse a request and decide on it; see `Guard.inspect`."""
         if self._closed:
-            raise StageError("self-check", RuntimeError("it has not passed yet"))
+            # Not a StageError: `on_error: pass` must not send requests to an engine unchecked.
+            raise EngineUnavailableError("the self-check of the engine has not passed yet")
         guard = self._guard
         inspection = guard.inspect(endpoint, body)
         return HeldInspection(inspection.request, inspection.decision, guard)
