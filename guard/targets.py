@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from guard.build import (
+    BANK_FILE,
     ENCODER_DIR,
     HEAD_FILE,
     LEXICON_FILE,
     check_key,
     check_model,
+    load_bank,
     make_corrupter,
 )
 from guard.bundle import Bundle, BundleDraft, BundleStore, Manifest, TargetEntry
@@ -82,7 +84,7 @@ class _Data:
 @dataclass(frozen=True, slots=True)
 class _Learned:
     rows: list[Row]
-    encoder: dict[str, bytes]
+    shared: dict[str, bytes]
     detector: LearnedDetector
     corruption: dict[str, Any]
     notes: list[str]
@@ -123,7 +125,8 @@ def add_target(
     data = _read(request)
     with tempfile.TemporaryDirectory(prefix="unlearn-guard-") as scratch:
         encoder_dir = _encoder(current, Path(scratch), progress)
-        learned = _learn(request, data, encoder_dir, key, prompts, engine, progress)
+        bank = _bank(current, prompts)
+        learned = _learn(request, data, encoder_dir, bank, key, prompts, engine, progress)
     entry = _write(request, learned, store, key, prompts)
     if ledger is not None:
         ledger.append("bundle", action="target add", target=entry.name, **_state(store))
@@ -153,11 +156,14 @@ def _learn(
     request: TargetRequest,
     data: _Data,
     encoder_dir: Path,
+    bank: FloatArray,
     key: GuardKey,
     prompts: ModelPrompts,
     engine: LearningEngine | None,
     progress: Progress,
 ) -> _Learned:
+    from safetensors.numpy import save
+
     from classifiers.detector import BundleDetector
     from classifiers.encoder import OnnxEncoder
     from classifiers.learn import learn_detector
@@ -175,10 +181,13 @@ def _learn(
         progress=progress,
     )
     detector = BundleDetector(encoder, [learned.artifact])
-    prompter = Prompter(request.name, detector, prompts, key, bank=None)
+    prompter = Prompter(request.name, detector, prompts, key, bank)
     corruption, notes = _learn_corruption(request, data.forget, prompter, engine, progress)
-    files = {path.name: path.read_bytes() for path in sorted(encoder_dir.iterdir())}
-    return _Learned(data.forget, files, learned, corruption, notes)
+    shared = {
+        f"{ENCODER_DIR}/{path.name}": path.read_bytes() for path in sorted(encoder_dir.iterdir())
+    }
+    shared[BANK_FILE] = save({"bank": bank})
+    return _Learned(data.forget, shared, learned, corruption, notes)
 
 
 def _learn_corruption(
@@ -206,7 +215,7 @@ def _learn_corruption(
         engine=engine,
         rms=prompter.prompts.embedding_rms,
         seed=request.seed,
-        retained_value=None,
+        generic_prompt=prompter.generic_prompt,
         progress=progress,
     )
     spec = replace(spec, strength=learned.strength)
@@ -229,23 +238,34 @@ class Prompter:
     detector: Detector
     prompts: ModelPrompts
     key: GuardKey
-    bank: FloatArray | None
+    bank: FloatArray
 
     def prompt(self, question: str, spec: CorruptionSpec) -> Prompt:
         """Return the question as one user message of corrupted embeddings."""
-        normalised = normalise(question)
-        spans = (
-            self.detector.spans(normalised.text, self.name) if spec.span_policy == "entity" else []
-        )
+        spans = self._entities(question) if spec.span_policy == "entity" else ()
         corruption = Corruption(
             corrupter=make_corrupter({"spec": spec.to_dict()}, self.bank),
-            spans=tuple(normalised.to_original(*span) for span in spans)
-            or (all_but_final_mark(question),),
+            spans=spans or (all_but_final_mark(question),),
             seed=noise_seed(self.key, self.name, question),
         )
         tokens = self.prompts.content_tokens([{"role": "user", "content": question}], 0)
         embeddings = corrupted_embeddings(self.prompts, tokens, [corruption])
         return (Message("user", EmbedsPart(embeddings)),)
+
+    def generic_prompt(self, question: str) -> Prompt:
+        """Return the question about a generic entity: the frame of the retained value's surrogate.
+
+        ECO (arXiv 2406.07933) takes a surrogate where no retained model exists.
+        """
+        from corruptions.bank import swap_entities
+
+        seed = noise_seed(self.key, f"{self.name}/generic", question)
+        return (Message("user", swap_entities(question, self._entities(question), seed)),)
+
+    def _entities(self, question: str) -> tuple[tuple[int, int], ...]:
+        normalised = normalise(question)
+        spans = self.detector.spans(normalised.text, self.name)
+        return tuple(normalised.to_original(*span) for span in spans)
 
 
 def _read(request: TargetRequest) -> _Data:
@@ -267,6 +287,18 @@ def _encoder(current: Bundle | None, scratch: Path, progress: Progress) -> Path:
 
     export_encoder(scratch, progress=progress)
     return scratch
+
+
+def _bank(current: Bundle | None, prompts: ModelPrompts) -> FloatArray:
+    """The bundle's generic embeddings; made of the served model's own vocabulary the first time."""
+    found = load_bank(current) if current is not None else None
+    if found is not None:
+        return found
+    from corruptions.bank import make_bank
+
+    return make_bank(
+        lambda text: prompts.prompt_tokens(text, add_special_tokens=False).ids, prompts.embed
+    )
 
 
 # --- Writing -------------------------------------------------------------------------------------
@@ -311,8 +343,8 @@ def _begin(
     draft.manifest.key_id = key.id
     draft.manifest.model = prompts.fingerprint.to_dict()
     draft.manifest.fpr_budget = budget
-    for name, data in learned.encoder.items():
-        draft.write(f"{ENCODER_DIR}/{name}", data)
+    for path, data in learned.shared.items():
+        draft.write(path, data)
 
 
 def _digests(rows: Sequence[Row], key: GuardKey) -> bytes:
