@@ -97,8 +97,8 @@ def _check_shapes(
     hidden = embeddings.shape[1]
     if spec.dims > hidden:
         raise ShapeError(f"corruption dims is {spec.dims}; this model's embeddings have {hidden}")
-    if bank is not None and (bank.ndim != 2 or not len(bank) or bank.shape[1] != hidden):
-        raise ShapeError(f"bank has shape {bank.shape}; give (tokens >= 1, {hidden})")
+    if bank is not None and (bank.ndim != 2 or not bank.any() or bank.shape[1] != hidden):
+        raise ShapeError(f"bank of shape {bank.shape} is all zeros or not (tokens, {hidden})")
 
 
 def _run_lengths(positions: BoolArray) -> tuple[int, ...]:
