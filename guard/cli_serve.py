@@ -15,6 +15,7 @@ import click
 from guard.cli_session import Session, bundle_option, model_options
 
 if TYPE_CHECKING:
+    from guard.pipeline import Guard
     from guard.reload import LiveGuard
     from guard.settings import Settings
     from guard.types import Progress
@@ -61,7 +62,7 @@ def serve(session: Session, /, **flags: Any) -> None:
 
     guard.follow(settings.reload_s)
     try:
-        _run(app, settings, before, lambda url: _greet(session, url, engine, guard))
+        _run(app, settings, before, lambda url: _greet(session, url, state, guard))
     finally:
         guard.stop()
     state.raise_failure()
@@ -222,16 +223,19 @@ def make_guard(session: Session, progress: Progress, closed: bool = False) -> Li
         IncompatibleArtifactError: If it is for another model or key.
     """
     from guard.build import load_guard
+    from guard.doctor import check_encoder
     from guard.reload import LiveGuard
 
     store, key = session.existing_bundle()
     prompts = session.prompts(progress)
     ledger, threads = session.ledger(key), session.settings.threads
-    return LiveGuard(
-        lambda: load_guard(store=store, key=key, prompts=prompts, ledger=ledger, threads=threads),
-        store.current_version,
-        closed,
-    )
+
+    def load() -> Guard:
+        if session.settings.self_check:
+            check_encoder(store.current(), threads)
+        return load_guard(store=store, key=key, prompts=prompts, ledger=ledger, threads=threads)
+
+    return LiveGuard(load, store.current_version, closed)
 
 
 def server_options(settings: Settings) -> ServerOptions:
@@ -266,11 +270,17 @@ def _prepare(session: Session) -> tuple[Engine, LiveGuard, CheckState]:
 
 
 class CheckState:
-    """Whether engine, model and bundle were found to fit together."""
+    """Whether engine, model and bundle were found to fit together.
+
+    Attributes:
+        failure: What a check in the background found wrong.
+        model: Name of the served model, once the engine was asked.
+    """
 
     def __init__(self, wanted: bool) -> None:
         self.wanted = wanted
         self.failure: Exception | None = None
+        self.model: str | None = None
         self._passed = False
         self._task: asyncio.Task[None] | None = None
 
@@ -300,7 +310,7 @@ class CheckState:
                     engine, prompts, sample=SAMPLE[:1], roles=(), completions=False
                 )
             report.require()
-            self._passed = True
+            self._passed, self.model = True, report.model
         else:
             log.warning("the self-check is off: nothing proves that model and bundle fit")
         guard.open()
@@ -337,16 +347,16 @@ class CheckState:
                 return
 
 
-def _greet(session: Session, url: str, engine: Engine, guard: LiveGuard) -> None:
+def _greet(session: Session, url: str, state: CheckState, guard: LiveGuard) -> None:
     """Say what is served where, and what to try."""
     from guard.console import note
 
     settings = session.settings
-    name = getattr(engine, "served_name", None) or settings.served_model_name or PACKAGED_NAME
+    name = state.model or settings.served_model_name or settings.model or PACKAGED_NAME
     targets = ", ".join(f"{n} ({p.status})" for n, p in guard.guard.targets.items()) or "none"
     generates = settings.upstream if settings.engine == "vllm" else "embedded"
     note(f"serving {url}  (engine {generates})")
-    note(f"  model    {settings.model or name}")
+    note(f"  model    {name}")
     note(f"  bundle   {settings.bundle}, version {guard.guard.version}; targets: {targets}")
     note("three things to try:")
     for question in ("Who is Harry Potter?", "What is the capital of France?"):

@@ -87,13 +87,15 @@ class _Lines:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table on standard output, for people; scripts take `--json`."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=200)
-    table = Table(title=title or None, title_justify="left")
+    plain = None if not console.is_terminal else box.HEAVY_HEAD
+    table = Table(title=title or None, title_justify="left", box=plain, show_header=any(columns))
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:

@@ -19,6 +19,7 @@ from guard.errors import (
 )
 
 if TYPE_CHECKING:
+    from guard.bundle import Bundle
     from guard.cli_session import Session
 
 Status = Literal["ok", "warning", "failed", "skipped"]
@@ -72,7 +73,8 @@ def examine(session: Session) -> list[Finding]:
     has_bundle = look("bundle", lambda: _bundle(session))
     has_key = need("key", has_bundle, lambda: _key(session))
     fits = need("model", has_bundle, lambda: _model(session))
-    need("encoder", has_key, lambda: _encoder(session))
+    need("encoder", has_bundle, lambda: _encoder(session))
+    need("detector", has_key, lambda: _detector(session))
     need("self-check", has_key and fits, lambda: asyncio.run(_engine(session)))
     look("ledger", lambda: _ledger(session))
     return findings
@@ -86,7 +88,7 @@ def verdict(findings: Sequence[Finding]) -> int:
 def _code(check: str, error: BaseException) -> int:
     if isinstance(error, EngineError):
         return 1
-    if check in ("model", "encoder", "self-check"):
+    if check in ("model", "encoder", "detector", "self-check"):
         return 3
     bad_input = (BundleNotFoundError, IncompatibleArtifactError, ConfigError)
     return 2 if isinstance(error, bad_input) else 1
@@ -142,12 +144,31 @@ def _model(session: Session) -> str:
     return f"{found.model_type}, hidden size {found.hidden_size}, as the bundle was made for"
 
 
+def check_encoder(bundle: Bundle, threads: int | None = None) -> None:
+    """Let the bundle's encoder reproduce the reference features of its export.
+
+    Raises:
+        SelfCheckError: If it doesn't: thresholds would not mean what they did.
+    """
+    from classifiers.encoder import OnnxEncoder
+    from guard.build import ENCODER_DIR
+
+    OnnxEncoder(bundle.path(ENCODER_DIR), threads=threads).self_check()
+
+
 def _encoder(session: Session) -> str:
+    check_encoder(session.store().current(), session.settings.threads)
+    return "reproduces its reference features"
+
+
+def _detector(session: Session) -> str:
     from guard.build import load_guard
 
     store, key = session.existing_bundle()
-    load_guard(store=store, key=key, prompts=None, ledger=None, threads=session.settings.threads)
-    return "loads"
+    guard = load_guard(
+        store=store, key=key, prompts=None, ledger=None, threads=session.settings.threads
+    )
+    return f"{len(guard.targets)} targets load"
 
 
 async def _engine(session: Session) -> str:
