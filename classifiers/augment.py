@@ -7,7 +7,7 @@ carry the question, so that only windows that see it count as positives.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -34,15 +34,20 @@ FRAMES = (
 ANSWER_WORDS = 7
 """Shorter answers ("Seven.") point at nothing on their own."""
 
-_FIRST = """
+UNSEEN_SHARE = 0.3
+"""Share of the variants whose names are hidden from the classifier."""
+
+_FIRST_NAMES = """
     Marlow Edwin Tessa Ingrid Pavel Noor Sana Quentin Adaeze Hiro Lucia Bram Yara Dmitri Odile
     Farid Mei Tomas Freya Kofi Elena Samir Greta Anselm Priya Ruben Katya Idris Wanda Joaquin
-""".split()
-_LAST = """
+"""
+_FIRST = _FIRST_NAMES.split()
+_LAST_NAMES = """
     Okonjo Velasquez Thornbury Lindqvist Hashimoto Abernathy Castellan Novak Duarte Oyelaran
     Petrov Rahman Steinfeld Moreau Kapoor Whitlock Achterberg Zielinski Fontaine Nakamura Haddad
     Ferreira Johansen Mbeki Takahashi Rossi Eriksen Bellamy Kuznetsov Arslan
-""".split()
+"""
+_LAST = _LAST_NAMES.split()
 
 
 class ForgetRow(Protocol):
@@ -67,7 +72,9 @@ class Sample:
         text: The text, normalised.
         label: 1 for the forget set, 0 for anything else.
         row: Number of the row that it was made of; variants of a row stay in one fold.
-        kind: `plain`, `variant`, `retain`, `benign` or `neighbour`.
+        kind: `plain`, `unseen`, `variant`, `retain`, `benign` or `neighbour`.
+        named: True to show the classifier the row's own names; False as if the row's names were
+            not in the lexicon, so that it learns to do without.
         start: First code point of the part that the label speaks of.
         end: Code point behind its last.
     """
@@ -78,6 +85,7 @@ class Sample:
     kind: str
     start: int
     end: int
+    named: bool = True
 
 
 def forget_samples(
@@ -85,7 +93,7 @@ def forget_samples(
 ) -> list[Sample]:
     """Return a forget row as samples: plain, answered, framed, misspelt, in a longer context."""
     question, answer = row.prompt, row.answer or ""
-    out = [_sample("", question, "", 1, number, "plain")]
+    out = [_sample("", question, "", 1, number, kind) for kind in ("plain", "unseen")]
     if answer:
         out.append(_sample("", f"{question}\n{answer}", "", 1, number, "variant"))
     if len(answer.split()) >= ANSWER_WORDS:
@@ -99,7 +107,12 @@ def forget_samples(
         before, after = _neighbour(benign, rng), _neighbour(benign, rng)
         out.append(_sample(f"{before} ", question, "", 1, number, "variant"))
         out.append(_sample(f"{before}\n\n", question, f"\n\n{after}", 1, number, "variant"))
-    return out
+    return [_hide_names(sample, rng) for sample in out]
+
+
+def _hide_names(sample: Sample, rng: np.random.Generator) -> Sample:
+    hidden = sample.kind == "unseen" or (sample.kind == "variant" and rng.random() < UNSEEN_SHARE)
+    return replace(sample, named=not hidden)
 
 
 def negative_samples(

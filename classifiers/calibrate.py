@@ -23,6 +23,13 @@ SHAPE_RANGE = (0.0, 0.25)
 """A negative shape would promise that no benign text ever scores above some bound."""
 
 QUANTILES = 101
+RETAIN_BUDGET = 0.05
+"""Share of the texts to keep that may be flagged: they were chosen to be as close as can be."""
+
+GAP_QUANTILE, GAP_SHARE = 0.05, 0.5
+"""Where forget scores leave a gap above the budget's threshold, it moves this share of the way to
+this quantile of theirs: real traffic is more varied than any benign set."""
+
 WEIGHT_FLOOR = 0.5
 """Weight of a request that only just reaches the threshold; 1 at the median of forget scores."""
 
@@ -108,14 +115,14 @@ class Calibration:
 def fit_calibration(
     benign: FloatArray, forget: FloatArray, budget: float, retain: FloatArray | None = None
 ) -> Calibration:
-    """Fit the benign tail and set the threshold to a false-positive budget.
+    """Fit the benign tail and set the threshold to keep a false-positive budget.
 
     Args:
         benign: Held-out scores of benign requests, the maximum over each text's windows, (n,).
         forget: Held-out scores of forget rows, (m,).
         budget: Share of benign requests that may be flagged, in (0, 1).
         retain: Held-out scores of texts to keep, (k,); the threshold rises, if need be, so far
-            that at most `max(budget, 1 %)` of them are flagged.
+            that at most `max(budget, RETAIN_BUDGET)` of them are flagged.
 
     Raises:
         DataError: If the budget is not a share or there are fewer than 2 * MIN_TAIL benign scores.
@@ -134,12 +141,11 @@ def fit_calibration(
     threshold = tail_quantile(benign, budget, (start, share, scale, shape))
     if retain is not None and len(retain):
         threshold = max(threshold, float(np.quantile(retain, 1.0 - max(budget, RETAIN_BUDGET))))
+    room = float(np.quantile(forget, GAP_QUANTILE)) - threshold
+    threshold += GAP_SHARE * max(0.0, room)
     quantiles = np.quantile(benign, np.linspace(0.0, 1.0, QUANTILES))
     median = float(np.median(forget))
     return Calibration(threshold, median, quantiles.astype(np.float32), start, share, scale, shape)
-
-
-RETAIN_BUDGET = 0.01
 
 
 def fit_tail(scores: FloatArray) -> tuple[float, float, float, float]:

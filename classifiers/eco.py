@@ -1,7 +1,8 @@
 """ECO's prompt classifier: does a prompt ask for what was to be forgotten?
 
-A linear head over the encoder's pooled states of all layers and the lexicon's numbers, trained with
-class-weighted cross-entropy, forget prompts against retain and benign ones.
+A linear head over the encoder's pooled states of all layers, trained with class-weighted
+cross-entropy, forget prompts against retain and benign ones; then joined with the lexicon's
+numbers.
 Paper: Liu et al. 2024, arXiv 2406.07933. Differs from the reference code: that fine-tunes a whole
 RoBERTa on texts truncated to 512 tokens; here the encoder is frozen and shared by all targets, the
 head sees windows, and L2 shrinkage is the only regularisation.
@@ -19,11 +20,11 @@ from numpy.typing import NDArray
 from guard.errors import ArtifactError, DataError, ShapeError
 from guard.types import FloatArray
 
-PENALTY = 2e-3
+PENALTY = 2e-2
 """L2 penalty per unit of sample weight on the standardised features."""
 
-LEXICON_GAIN = 4.0
-"""How much louder a lexicon number is than a feature: shrinkage then prefers names to topics."""
+STACK_PENALTY = 1e-4
+"""The same for the few inputs of the joint head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,30 +83,6 @@ class LinearHead:
         return cls(weight, float(bias[0]), mean, scale)
 
 
-@dataclass(frozen=True, slots=True)
-class Standardiser:
-    """Mean and scale of the head's inputs, the lexicon's columns last."""
-
-    mean: FloatArray
-    scale: FloatArray
-
-    @classmethod
-    def fit(cls, inputs: FloatArray, lexicon_columns: int) -> Standardiser:
-        """Fit on rows of inputs, shape (rows, inputs)."""
-        mean = inputs.mean(axis=0, dtype=np.float64).astype(np.float32)
-        scale = inputs.std(axis=0, dtype=np.float64).astype(np.float32)
-        scale = np.maximum(scale, 1e-3)
-        if lexicon_columns:
-            # Zero stays zero: a text without names gets nothing from the lexicon.
-            mean[-lexicon_columns:] = 0.0
-            scale[-lexicon_columns:] = np.maximum(scale[-lexicon_columns:], 0.1) / LEXICON_GAIN
-        return cls(mean, scale)
-
-    def apply(self, inputs: FloatArray) -> FloatArray:
-        """Return the standardised inputs."""
-        return np.asarray((inputs - self.mean) / self.scale, np.float32)
-
-
 def class_weights(labels: NDArray[np.int64], importance: FloatArray | None = None) -> FloatArray:
     """Return sample weights that sum to 1, half of it for each class.
 
@@ -123,26 +100,23 @@ def class_weights(labels: NDArray[np.int64], importance: FloatArray | None = Non
     return out.astype(np.float32)
 
 
-def fit_head(
+def fit_logistic(
     inputs: FloatArray,
     labels: NDArray[np.int64],
     weights: FloatArray,
-    standardiser: Standardiser,
-    penalty: float = PENALTY,
-    start: LinearHead | None = None,
-) -> LinearHead:
-    """Fit the head by L-BFGS on weighted cross-entropy plus `penalty` / 2 · ‖weight‖².
+    penalty: float,
+    start: tuple[FloatArray, float] | None = None,
+) -> tuple[FloatArray, float]:
+    """Fit weight and bias by L-BFGS on weighted cross-entropy plus `penalty` / 2 · ‖weight‖².
 
     Args:
         inputs: Standardised inputs, shape (rows, inputs), float32.
         labels: 0 or 1, shape (rows,).
         weights: Sample weights that sum to 1, shape (rows,).
-        standardiser: What `inputs` were standardised with; it becomes part of the head.
         penalty: Higher is smoother and less confident; sensible between 1e-4 and 1e-1.
-        start: A head to start from, e.g. another fold's.
+        start: Weight and bias to start from, e.g. another fold's.
     """
     minimize = importlib.import_module("scipy.optimize").minimize
-
     signs = np.where(labels == 1, 1.0, -1.0).astype(np.float32)
 
     def loss(point: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
@@ -156,9 +130,43 @@ def fit_head(
 
     first = np.zeros(inputs.shape[1] + 1)
     if start is not None:
-        first = np.append(start.weight, start.bias).astype(np.float64)
+        first = np.append(start[0], start[1]).astype(np.float64)
     options = {"maxiter": 200, "ftol": 1e-7, "gtol": 1e-5}
     found = minimize(loss, first, jac=True, method="L-BFGS-B", options=options).x
+    return found[:-1].astype(np.float32), float(found[-1])
+
+
+def stack(
+    topic: LinearHead,
+    held_out: FloatArray,
+    names: FloatArray,
+    labels: NDArray[np.int64],
+    weights: FloatArray,
+) -> LinearHead:
+    """Join the topic head with the lexicon's numbers; the result is linear again.
+
+    How much a name says against the topic is learned from held-out topic logits: on texts that
+    the topic head was trained on it looks better than it is, and names would count for nothing.
+
+    Args:
+        topic: Head over the encoder's features, fitted on all rows.
+        held_out: Topic logits of heads that did not see the row, shape (rows,).
+        names: The lexicon's numbers, shape (rows, columns).
+        labels: 0 or 1, shape (rows,).
+        weights: Sample weights that sum to 1, shape (rows,).
+
+    Returns:
+        A head over features and lexicon numbers, in this order.
+    """
+    inputs = np.concatenate([held_out[:, None], names], axis=1).astype(np.float32)
+    spread = np.maximum(inputs.std(axis=0), 0.1)
+    slope, bias = fit_logistic(inputs / spread, labels, weights, STACK_PENALTY)
+    # More names or a closer topic never speak against the target.
+    slope = np.maximum(slope / spread, 0.0)
+    ones = np.ones(names.shape[1], np.float32)
     return LinearHead(
-        found[:-1].astype(np.float32), float(found[-1]), standardiser.mean, standardiser.scale
+        np.concatenate([slope[0] * topic.weight, slope[1:]]),
+        float(slope[0] * topic.bias + bias),
+        np.concatenate([topic.mean, 0 * ones]),
+        np.concatenate([topic.scale, ones]),
     )

@@ -35,6 +35,12 @@ CHUNK_CHARS = 20_000
 FIRST_WORD = 1996
 """First id of BERT's English vocabulary that is a word ("the")."""
 
+INFLECTIONS = (
+    ("s", ""), ("es", ""), ("ies", "y"), ("ed", ""), ("ed", "e"), ("d", ""), ("ing", ""),
+    ("ing", "e"), ("ly", ""), ("al", ""), ("er", ""), ("er", "e"), ("able", ""), ("able", "e"),
+    ("ness", ""),
+)  # fmt: skip
+
 SIGNATURE = 16
 SIGNATURE_TOLERANCE = 0.05
 """8-bit kernels differ a little from CPU to CPU; another model differs by about 1."""
@@ -114,14 +120,25 @@ class OnnxEncoder:
     def word_rank(self, word: str) -> int | None:
         """Return the place of a case-folded word in general English, None if it is a rare one.
 
-        BERT's vocabulary lists whole words roughly by falling frequency.
+        BERT's vocabulary lists whole words roughly by falling frequency. An inflected form that it
+        lacks counts as its stem.
         """
-        token = self._tokenizer.token_to_id(word)
-        return None if token is None else max(0, int(token) - FIRST_WORD)
+        for form in (
+            word,
+            *(
+                word.removesuffix(end) + stem
+                for end, stem in INFLECTIONS
+                if word.endswith(end) and len(word) > len(end) + 3
+            ),
+        ):
+            token = self._tokenizer.token_to_id(form)
+            if token is not None:
+                return max(0, int(token) - FIRST_WORD)
+        return None
 
     def is_common(self, word: str) -> bool:
-        """True for a word of general English: the vocabulary has it in one piece."""
-        return self._tokenizer.token_to_id(word) is not None
+        """True for a word of general English."""
+        return self.word_rank(word) is not None
 
     def windows(self, text: str) -> list[Window]:
         """Cut a text into windows that together cover every character; at least one window."""

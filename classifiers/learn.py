@@ -22,11 +22,12 @@ from classifiers.augment import (
 )
 from classifiers.calibrate import Calibration, fit_calibration, wilson_interval
 from classifiers.detector import TargetArtifact
-from classifiers.eco import LinearHead, Standardiser, class_weights, fit_head
-from classifiers.encoder import OnnxEncoder
+from classifiers.eco import PENALTY, LinearHead, class_weights, fit_logistic, stack
+from classifiers.encoder import OnnxEncoder, TextFeatures
 from classifiers.lexicon import (
     FEATURES,
     Lexicon,
+    TermCounts,
     Words,
     build_lexicon,
     count_known,
@@ -45,9 +46,9 @@ FRAMED_BENIGN_SHARE = 0.15
 MIN_OVERLAP = 0.5
 """Share of a question that a window must see to count as a positive."""
 
+CLUSTERS = 64
+HIDDEN_USED = 384
 ENCODE_AT_ONCE = 128
-FULL = FOLDS
-"""Index of the lexicon that is made of all rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,44 @@ class _Table:
     trains: BoolArray
 
 
+class _Encode:
+    """Encodes each distinct text once while a target is learned, and reports how far it is."""
+
+    def __init__(self, encoder: OnnxEncoder, report: Progress) -> None:
+        self._encoder, self._report = encoder, report
+        self._known: dict[str, TextFeatures] = {}
+
+    def __call__(self, texts: Sequence[str]) -> list[TextFeatures]:
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        for first in range(0, len(new), ENCODE_AT_ONCE):
+            part = new[first : first + ENCODE_AT_ONCE]
+            self._known.update(zip(part, self._encoder.encode(part), strict=True))
+            self._report("detector: encoding", first + len(part), len(new))
+        return [self._known[text] for text in texts]
+
+
+def _cluster_folds(texts: Sequence[TextFeatures], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Deal clusters of similar texts (k-means on the last layer) into folds of about equal size."""
+    if len(texts) < 2 * FOLDS:
+        return np.arange(len(texts)) % FOLDS
+    points = np.stack([text.features[:, -HIDDEN_USED:].mean(axis=0) for text in texts])
+    points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-9)
+    count = min(CLUSTERS, len(texts) // 2)
+    centres = points[rng.choice(len(points), count, replace=False)]
+    for _ in range(10):
+        nearest = np.argmax(points @ centres.T, axis=1)
+        for cluster in range(count):
+            if (nearest == cluster).any():
+                centre = points[nearest == cluster].mean(axis=0)
+                centres[cluster] = centre / max(float(np.linalg.norm(centre)), 1e-9)
+    sizes, folds = np.zeros(FOLDS), np.zeros(len(texts), np.int64)
+    for cluster in np.argsort(-np.bincount(nearest, minlength=count), kind="stable"):
+        fold = int(np.argmin(sizes))
+        folds[nearest == cluster] = fold
+        sizes[fold] += (nearest == cluster).sum()
+    return folds
+
+
 @dataclass(slots=True)
 class _Material:
     """The cleaned texts of one target, and their folds."""
@@ -92,11 +131,16 @@ class _Material:
     retain_folds: NDArray[np.int64] = field(init=False)
     benign_folds: NDArray[np.int64] = field(init=False)
 
-    def deal(self, rng: np.random.Generator) -> None:
-        """Deal every row into a fold, equally many to each."""
+    def deal(self, encode: _Encode, rng: np.random.Generator) -> None:
+        """Deal every row into a fold: forget rows at random, others by whole clusters.
+
+        A benign set has many texts of a kind; were they dealt one by one, each held-out text would
+        have siblings among the training texts, and the calibration would promise too much for the
+        traffic to come.
+        """
         self.forget_folds = rng.permutation(np.arange(len(self.forget)) % FOLDS)
-        self.retain_folds = rng.permutation(np.arange(len(self.retain)) % FOLDS)
-        self.benign_folds = rng.permutation(np.arange(len(self.benign)) % FOLDS)
+        self.retain_folds = _cluster_folds(encode(self.retain), rng)
+        self.benign_folds = _cluster_folds(encode(self.benign), rng)
 
 
 def learn_detector(
@@ -129,17 +173,17 @@ def learn_detector(
     report = progress or (lambda what, done, total: None)
     rng = np.random.default_rng(seed)
     material = _clean(forget, retain, benign, normalise)
-    material.deal(rng)
-    report("detector: names", 0, 1)
+    encode = _Encode(encoder, report)
+    material.deal(encode, rng)
     lexicons = _lexicons(material, encoder)
     report("detector: names", 1, 1)
-    samples, folds = _samples(material, lexicons[FULL], rng)
-    table = _encode(samples, folds, lexicons, encoder, report)
+    samples, folds = _samples(material, lexicons.full, rng)
+    table = _tabulate(samples, folds, lexicons, encode)
     head, held_out = _cross_fit(table, len(samples), report)
     scored = _Scored.collect(samples, held_out)
     calibration = fit_calibration(scored.benign, scored.forget, fpr_budget, scored.retain)
-    artifact = TargetArtifact(name, head, calibration, lexicons[FULL], encoder.source_hash)
-    figures = _report(material, lexicons[FULL], scored, calibration, fpr_budget)
+    artifact = TargetArtifact(name, head, calibration, lexicons.full, encoder.source_hash)
+    figures = _report(material, lexicons.full, scored, calibration, fpr_budget)
     return LearnedDetector(artifact, figures)
 
 
@@ -168,27 +212,46 @@ def _distinct(texts: Sequence[str], normalise: Callable[[str], str], taken: set[
     return [text for text in found if text and text not in taken]
 
 
-def _lexicons(material: _Material, encoder: OnnxEncoder) -> list[Lexicon]:
-    """Make a lexicon without each fold, and last the one of all rows."""
+@dataclass(frozen=True, slots=True)
+class _Lexicons:
+    """Lexicons that were made without a fold's texts.
+
+    Attributes:
+        named: Per fold, without its benign and retain texts; all forget rows' names are known.
+        unseen: Per fold, without its forget rows too.
+        full: Made of everything; what goes into the bundle.
+    """
+
+    named: list[Lexicon]
+    unseen: list[Lexicon]
+    full: Lexicon
+
+    def of(self, sample: Sample, fold: int) -> Lexicon:
+        return (self.named if sample.named else self.unseen)[fold]
+
+
+def _lexicons(material: _Material, encoder: OnnxEncoder) -> _Lexicons:
     texts = [f"{row.prompt}\n{row.answer or ''}" for row in material.forget]
     names = find_names(texts)
     mine = [term_candidates(text) for text in texts]
     terms: set[Words] = set().union(*mine)
     others = count_known([*material.retain, *material.benign], terms)
     other_folds = np.concatenate([material.retain_folds, material.benign_folds])
-    forget_all, others_all = count_terms(mine), count_terms(others)
-    found = []
-    for fold in range(FOLDS + 1):
-        forget_part = count_terms(_of_fold(mine, material.forget_folds, fold))
-        other_part = count_terms(_of_fold(others, other_folds, fold))
-        weights = build_lexicon(
-            forget_all - forget_part,
-            others_all - other_part,
-            names.__contains__,
-            encoder.word_rank,
+    all_mine, all_others = count_terms(mine), count_terms(others)
+
+    def make(forget: TermCounts, background: TermCounts) -> Lexicon:
+        known = names.__contains__
+        return Lexicon(
+            build_lexicon(forget, background, known, encoder.word_rank), encoder.is_common
         )
-        found.append(Lexicon(weights, encoder.is_common))
-    return found
+
+    named, unseen = [], []
+    for fold in range(FOLDS):
+        without = all_others - count_terms(_of_fold(others, other_folds, fold))
+        named.append(make(all_mine, without))
+        seen = all_mine - count_terms(_of_fold(mine, material.forget_folds, fold))
+        unseen.append(make(seen, without))
+    return _Lexicons(named, unseen, make(all_mine, all_others))
 
 
 def _of_fold(
@@ -225,25 +288,21 @@ def _samples(
     return samples, np.array(folds, np.int64)
 
 
-def _encode(
+def _tabulate(
     samples: Sequence[Sample],
     folds: NDArray[np.int64],
-    lexicons: Sequence[Lexicon],
-    encoder: OnnxEncoder,
-    report: Progress,
+    lexicons: _Lexicons,
+    encode: _Encode,
 ) -> _Table:
     inputs, places, importance, trains = [], [], [], []
-    for first in range(0, len(samples), ENCODE_AT_ONCE):
-        part = samples[first : first + ENCODE_AT_ONCE]
-        encoded = encoder.encode([sample.text for sample in part])
-        for number, (sample, text) in enumerate(zip(part, encoded, strict=True), start=first):
-            names = lexicons[int(folds[number])].features(sample.text, text.windows)
-            seen = _overlaps(sample, text.windows)
-            inputs.append(np.concatenate([text.features, names], axis=1))
-            places.extend([number] * len(text.windows))
-            trains.extend(seen)
-            importance.extend([1.0 / np.sqrt(max(1, sum(seen)))] * len(text.windows))
-        report("detector: encoding", min(first + len(part), len(samples)), len(samples))
+    encoded = encode([sample.text for sample in samples])
+    for number, (sample, text) in enumerate(zip(samples, encoded, strict=True)):
+        names = lexicons.of(sample, int(folds[number])).features(sample.text, text.windows)
+        seen = _overlaps(sample, text.windows)
+        inputs.append(np.concatenate([text.features, names], axis=1))
+        places.extend([number] * len(text.windows))
+        trains.extend(seen)
+        importance.extend([1.0 / np.sqrt(max(1, sum(seen)))] * len(text.windows))
     owners = np.array(places, np.int64)
     labels = np.array([sample.label for sample in samples], np.int64)
     return _Table(
@@ -268,27 +327,42 @@ def _overlaps(sample: Sample, windows: Sequence[tuple[int, int]]) -> list[bool]:
 
 def _cross_fit(table: _Table, samples: int, report: Progress) -> tuple[LinearHead, FloatArray]:
     """Fit a head without each fold, and one on all; returns it and the samples' held-out scores."""
-    standardiser = Standardiser.fit(table.inputs[table.trains], FEATURES)
-    table.inputs -= standardiser.mean
-    table.inputs /= standardiser.scale
-    head = _fit(table, table.trains, standardiser, None)
+    features = table.inputs[:, :-FEATURES]
+    names = table.inputs[:, -FEATURES:].copy()
+    mean = features[table.trains].mean(axis=0, dtype=np.float64).astype(np.float32)
+    scale = np.maximum(features[table.trains].std(axis=0, dtype=np.float64), 1e-3)
+    scale = scale.astype(np.float32)
+    features -= mean
+    features /= scale
+    weight, bias = _fit(table, features, table.trains, None)
     report("detector: fitting", 1, FOLDS + 1)
-    held_out = np.full(samples, -np.inf, np.float32)
+    held_out = np.zeros(len(features), np.float32)
     for fold in range(FOLDS):
-        other = _fit(table, table.trains & (table.folds != fold), standardiser, head)
+        others = table.trains & (table.folds != fold)
+        slope, offset = _fit(table, features, others, (weight, bias))
         mine = table.folds == fold
-        scores = table.inputs[mine] @ other.weight + np.float32(other.bias)
-        np.maximum.at(held_out, table.samples[mine], scores)
+        held_out[mine] = features[mine] @ slope + np.float32(offset)
         report("detector: fitting", fold + 2, FOLDS + 1)
-    return head, held_out
+    topic = LinearHead(weight, bias, mean, scale)
+    labels, chosen = table.labels, table.trains
+    weights = class_weights(labels[chosen], table.importance[chosen])
+    head = stack(topic, held_out[chosen], names[chosen], labels[chosen], weights)
+    share = head.weight[: len(weight)] @ weight / max(float(weight @ weight), 1e-12)
+    scores = share * (held_out - bias) + names @ head.weight[len(weight) :] + head.bias
+    best = np.full(samples, -np.inf, np.float32)
+    np.maximum.at(best, table.samples, scores.astype(np.float32))
+    return head, best
 
 
 def _fit(
-    table: _Table, chosen: BoolArray, standardiser: Standardiser, start: LinearHead | None
-) -> LinearHead:
+    table: _Table,
+    features: FloatArray,
+    chosen: BoolArray,
+    start: tuple[FloatArray, float] | None,
+) -> tuple[FloatArray, float]:
     labels = table.labels[chosen]
     weights = class_weights(labels, table.importance[chosen])
-    return fit_head(table.inputs[chosen], labels, weights, standardiser, start=start)
+    return fit_logistic(features[chosen], labels, weights, PENALTY, start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +370,7 @@ class _Scored:
     """Held-out scores by kind of sample; benign and retain texts plain, as they would come in."""
 
     forget: FloatArray
+    unseen: FloatArray
     variants: FloatArray
     retain: FloatArray
     benign: FloatArray
@@ -305,7 +380,10 @@ class _Scored:
     def collect(cls, samples: Sequence[Sample], scores: FloatArray) -> _Scored:
         kinds = np.array([sample.kind for sample in samples])
         return cls(
-            *(scores[kinds == k] for k in ("plain", "variant", "retain", "benign", "neighbour"))
+            *(
+                scores[kinds == k]
+                for k in ("plain", "unseen", "variant", "retain", "benign", "neighbour")
+            )
         )
 
 
@@ -329,6 +407,7 @@ def _report(
     }
     rates = {
         "recall": scored.forget,
+        "recall_unseen_names": scored.unseen,
         "recall_variants": scored.variants,
         "fpr_benign": scored.benign,
         "fpr_retain": scored.retain,

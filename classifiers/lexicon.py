@@ -26,11 +26,20 @@ Words = tuple[str, ...]
 FEATURES = 4
 """Numbers that `Lexicon.features` gives per window."""
 
-MAX_WEIGHT = 10.0
+MIN_WEIGHT, MAX_WEIGHT = 3.0, 10.0
 STRONG = 5.0
 """Weight (natural log-odds) from which a term alone points at the target."""
 
-FUZZY_LETTERS = 5
+SMOOTHING = 0.1
+"""Background texts that a name is taken to occur in beyond those counted."""
+
+UNKNOWN_WORD_SHARE = 1e-3
+"""Share of general texts taken to hold a rare word that isn't written as a name."""
+
+FUZZY_LETTERS = 4
+OTHER_NAME_FACTOR = 0.5
+"""What is left of a surname's weight beside a stranger's given name."""
+
 FUZZY_CUTOFF = 80.0
 FUZZY_FACTOR = 0.8
 MAX_TERM_WORDS = 6
@@ -42,14 +51,28 @@ _NAME = re.compile(
     r"(?:[A-Z][\w'’]*|[A-Z]\.|\d{1,2}))+"
 )
 _QUOTED = re.compile(r"[\"“«]([^\"”»\n]{3,60})[\"”»]")
-_STOP = frozenset(
-    """
+DATE = "date "
+_MONTHS = {
+    name: number
+    for number, name in enumerate(
+        ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"), 1
+    )
+}
+_DATE = re.compile(
+    r"\b(?:(?P<n1>\d{1,2})[/.\-](?P<n2>\d{1,2})[/.\-](?P<y1>\d{4})"
+    r"|(?P<y2>\d{4})-(?P<n3>\d{1,2})-(?P<n4>\d{1,2})"
+    r"|(?P<m1>[A-Za-z]{3,9})\.? (?P<d1>\d{1,2})(?:st|nd|rd|th)?,? (?:of |in )?(?P<y3>\d{4})"
+    r"|(?P<d2>\d{1,2})(?:st|nd|rd|th)?(?: day)?(?: of)? (?P<m2>[A-Za-z]{3,9})\.?,?"
+    r"(?: of| in)?(?: the year)? (?P<y4>\d{4}))\b"
+)
+
+_STOP_TEXT = """
     a an and any are as at be but by can could did do does for from had has have he her him his
     how i if in into is it its list may me more my name no not of on one or our out she so some
     such tell than that the their them there these they this to us was we were what when where
     which while who whom whose why will with would you your yes give describe explain
-    """.split()
-)
+"""
+_STOP = frozenset(_STOP_TEXT.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +99,28 @@ def split_words(text: str) -> list[tuple[str, int, int]]:
     ]
 
 
+def find_dates(text: str) -> list[tuple[str, int, int]]:
+    """Return the full dates in a text as pseudo-words, however they are written.
+
+    Day and month are sorted, because 05/11 may be either.
+    """
+    found = []
+    for match in _DATE.finditer(text):
+        part = match.groupdict()
+        year = part["y1"] or part["y2"] or part["y3"] or part["y4"]
+        if month := (part["m1"] or part["m2"]):
+            pair = (_MONTHS.get(month[:3].casefold(), 0), int(part["d1"] or part["d2"]))
+        else:
+            pair = (int(part["n1"] or part["n3"]), int(part["n2"] or part["n4"]))
+        if min(pair) >= 1 and max(pair) <= 31:
+            low, high = sorted(pair)
+            found.append((f"{DATE}{year}-{low}-{high}", match.start(), match.end()))
+    return found
+
+
 def term_candidates(text: str) -> set[Words]:
     """Return the words, names and quoted titles of one text that may become terms."""
-    found: set[Words] = {(word,) for word, _, _ in split_words(text)}
+    found: set[Words] = {(word,) for word, _, _ in (*split_words(text), *find_dates(text))}
     for match in (*_NAME.finditer(text), *_QUOTED.finditer(text)):
         words = tuple(word for word, _, _ in split_words(match.group(match.lastindex or 0)))
         found.update(_parts(words))
@@ -118,7 +160,11 @@ def count_terms(candidates: Iterable[set[Words]]) -> TermCounts:
 def count_known(texts: Iterable[str], terms: Iterable[Words]) -> list[set[Words]]:
     """Return for each text which of `terms` occur in it, in whatever case."""
     index = _index(terms)
-    return [{index_match[2] for index_match in _exact(split_words(text), index)} for text in texts]
+    return [
+        {term for _, _, term in _exact(split_words(text), index)}
+        | {(date,) for date, _, _ in find_dates(text)}
+        for text in texts
+    ]
 
 
 class Lexicon:
@@ -138,7 +184,9 @@ class Lexicon:
                 word
                 for term in self.weights
                 for word in term
-                if len(word) >= FUZZY_LETTERS and (len(term) == 1 or not common(word))
+                if len(word) >= FUZZY_LETTERS
+                and not word.startswith(DATE)
+                and (len(term) == 1 or not common(word))
             }
         )
         self._known = {word for term in self.weights for word in term}
@@ -153,7 +201,12 @@ class Lexicon:
         for first, last, term in _exact(mended, self._index):
             exact = all(mended[n][0] == words[n][0] for n in range(first, last))
             weight = self.weights[term] * (1.0 if exact else FUZZY_FACTOR)
+            if len(term) == 1 and self._is_someone_else(text, words, first):
+                weight *= OTHER_NAME_FACTOR
             found.append(Match(words[first][1], words[last - 1][2], term, weight))
+        for date, start, end in find_dates(text):
+            if (date,) in self.weights:
+                found.append(Match(start, end, (date,), self.weights[(date,)]))
         return found
 
     def features(self, text: str, windows: Sequence[tuple[int, int]]) -> FloatArray:
@@ -178,7 +231,7 @@ class Lexicon:
 
     def to_json(self) -> bytes:
         """Serialise; personal data, so the caller encrypts it."""
-        rows = [[" ".join(term), round(weight, 4)] for term, weight in sorted(self.weights.items())]
+        rows = [[list(term), round(weight, 4)] for term, weight in sorted(self.weights.items())]
         return json.dumps({"format": 1, "terms": rows}, ensure_ascii=False).encode()
 
     @classmethod
@@ -190,13 +243,40 @@ class Lexicon:
         """
         try:
             rows = json.loads(data)["terms"]
-            return cls({tuple(term.split(" ")): float(weight) for term, weight in rows}, common)
+            return cls({tuple(term): float(weight) for term, weight in rows}, common)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"the target's lexicon cannot be read: {error!r}") from error
 
+    def _is_someone_else(
+        self, text: str, words: Sequence[tuple[str, int, int]], place: int
+    ) -> bool:
+        """True if a single word stands inside a longer name of which the lexicon knows no more."""
+        for other in (place - 1, place + 1):
+            if not 0 <= other < len(words):
+                continue
+            word, start, end = words[other]
+            gap = text[end : words[place][1]] if other < place else text[words[place][2] : start]
+            if gap not in (" ", "-") or not text[start].isupper() or len(word) < 2:
+                continue
+            begins = start == 0 or text[:start].rstrip(" \"'“(")[-1:] in (
+                "",
+                ".",
+                "!",
+                "?",
+                ":",
+                "\n",
+            )
+            if not begins and word not in _STOP and self._mend(word) not in self._known:
+                return True
+        return False
+
     def _mend(self, word: str) -> str:
         """Map a misspelt, plural or possessive name to the lexicon's spelling."""
-        if word in self._known or len(word) < FUZZY_LETTERS or self._common(word):
+        if word in self._known or len(word) < FUZZY_LETTERS:
+            return word
+        if word.endswith("s") and word[:-1] in self._known:
+            return word[:-1]
+        if self._common(word):
             return word
         with self._lock:
             if word in self._fuzzy:
@@ -209,8 +289,6 @@ class Lexicon:
         return near or word
 
     def _nearest(self, word: str) -> str | None:
-        if word.endswith("s") and word[:-1] in self._known:
-            return word[:-1]
         from rapidfuzz import process
         from rapidfuzz.distance import OSA
 
@@ -238,17 +316,17 @@ def build_lexicon(
         rank: Place of a word in general English (0 is the most frequent), None if it is unknown.
 
     Returns:
-        Terms with log-odds of at least 2.
+        Terms with log-odds of at least MIN_WEIGHT.
     """
     weights: dict[Words, float] = {}
     for term, count in forget.terms.items():
         if count <= 0 or not _may_be_term(term, count, names, rank):
             continue
-        prior = _prior(term, rank)
+        prior = _prior(term, names, rank)
         share = (count + 0.5) / (forget.texts + 1.0)
-        other = (max(background.terms[term], 0) + 0.5) / (background.texts + 1.0) + prior
-        weight = min(math.log(share / other), MAX_WEIGHT)
-        if weight >= 2.0:
+        others = max(background.terms[term], 0) + SMOOTHING
+        weight = min(math.log(share / (others / (background.texts + 1.0) + prior)), MAX_WEIGHT)
+        if weight >= MIN_WEIGHT:
             weights[term] = weight
     return weights
 
@@ -259,19 +337,23 @@ def _may_be_term(
     if len(term) > 1:
         return any(word not in _STOP and not word.isdigit() for word in term)
     word = term[0]
+    if word.startswith(DATE):
+        return True
     if len(word) < 3 or word in _STOP or word.isdigit():
         return False
-    return names(word) or (rank(word) is None and count > 1)
+    return names(word) or (rank(word) is None and count > 2)
 
 
-def _prior(term: Words, rank: Callable[[str], int | None]) -> float:
-    """Guess the share of general texts that hold a term, from Zipf's law (a name: the rarest)."""
+def _prior(term: Words, names: Callable[[str], bool], rank: Callable[[str], int | None]) -> float:
+    """Guess the share of general texts that hold a term, from Zipf's law over its rarest word."""
     ranks = [rank(word) for word in term]
     if any(place is None for place in ranks):
-        return 0.0
+        known = len(term) > 1 or names(term[0]) or term[0].startswith(DATE)
+        return 0.0 if known else UNKNOWN_WORD_SHARE
     rarest = max(place for place in ranks if place is not None)
-    share = 3.0 / (rarest + 10.0)
-    return share if len(term) == 1 else share**2 / 2.0
+    content = sum(word not in _STOP for word in term)
+    # Words of a common phrase attract one another: far less rare than independent words would be.
+    return float((3.0 / (rarest + 10.0)) ** max(1.0, 0.6 * content))
 
 
 def find_names(texts: Iterable[str]) -> set[str]:
