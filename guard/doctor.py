@@ -172,7 +172,7 @@ def _detector(session: Session) -> str:
 
 
 async def _engine(session: Session) -> str:
-    from guard.cli_serve import make_engine
+    from guard.cli_compose import make_engine
     from server.selfcheck import self_check
 
     engine = make_engine(session)
