@@ -96,8 +96,9 @@ def round_bfloat16(array: FloatArray) -> NDArray[np.uint16]:
     """
     bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
     # Adding 0x7fff and the lowest kept bit carries exactly where nearest-even rounds up.
-    rounded = bits.astype(np.uint64) + 0x7FFF + ((bits >> np.uint32(16)) & np.uint32(1))
-    return (rounded >> np.uint64(16)).astype(np.uint16)
+    # Finite values leave room for it in 32 bits.
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return (rounded >> np.uint32(16)).astype(np.uint16)
 
 
 def widen_bfloat16(bits: NDArray[np.uint16]) -> FloatArray:
