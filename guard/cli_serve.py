@@ -174,7 +174,8 @@ def _greet(session: Session, url: str, state: CheckState, guard: LiveGuard) -> N
     note(f"  model    {name}")
     note(f"  bundle   {settings.bundle}, version {guard.guard.version}; targets: {targets}")
     note("three things to try:")
-    for question in ("Who is Harry Potter?", "What is the capital of France?"):
+    topic = next(iter(guard.guard.targets), "harry-potter").replace("-", " ").replace("_", " ")
+    for question in (f"Who is {topic.title()}?", "What is the capital of France?"):
         body = {"model": name, "messages": [{"role": "user", "content": question}]}
         note(
             f"  curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' "
