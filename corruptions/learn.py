@@ -160,12 +160,20 @@ def learn_strength(
     _search(meter)
     floor = FluencyFloor(engine, [question for question, _ in rows[:SPEECH_ROWS]], other)
     chosen, notes = _choose(meter, floor)
+    if meter.goal > (meter.clean_value + meter.target) / 2:
+        notes.append(_FAR.format(meter.goal, meter.clean_value, meter.target))
     return _result(meter, surrogate, chosen, notes, knows=True)
 
 
 _UNKNOWN: Final = (
     "the model does not seem to know the target: its answers have probability {0:.4f} without "
     "corruption and {1:.4f} by the retained value; the documented default strength is kept"
+)
+
+
+_FAR: Final = (
+    "no strength brings the answers' probability below {0:.4f} ({1:.4f} without corruption, "
+    "{2:.4f} by the retained value): what is corrupted does not carry the memory"
 )
 
 
@@ -192,7 +200,7 @@ class _Meter:
         self.corrupt, self._engine, self._progress = corrupt_prompt, engine, progress
         self.spent = 0
         self.trials: dict[float, Trial] = {}
-        self.clean_value = self.target = self.tolerance = 0.0
+        self.clean_value = self.target = self.goal = self.tolerance = 0.0
 
     @property
     def left(self) -> int:
@@ -212,7 +220,7 @@ class _Meter:
 
     def aim(self, clean_value: float, target: float) -> None:
         """Fix the target value, and a tenth of the way to it as the tolerance."""
-        self.clean_value, self.target = clean_value, target
+        self.clean_value, self.target, self.goal = clean_value, target, target
         self.tolerance = 0.1 * abs(clean_value - target)
 
     def at(self, log: float) -> Trial:
@@ -226,22 +234,38 @@ class _Meter:
         return self.trials[log]
 
     def reached(self, trial: Trial) -> bool:
-        """True at or below the target value, within the tolerance."""
-        return trial.value <= self.target + self.tolerance
+        """True at or below the goal, within the tolerance."""
+        return trial.value <= self.goal + self.tolerance
+
+    def settle(self) -> None:
+        """Where no strength reaches the target, the best that any does is the goal."""
+        self.goal = max(self.target, min(trial.value for trial in self.trials.values()))
+
+    def moved(self, trial: Trial) -> bool:
+        """True where the corruption has an effect at all."""
+        return abs(trial.value - self.clean_value) > self.tolerance
+
+    def near(self, trial: Trial) -> bool:
+        """True within the tolerance of the goal, on either side."""
+        return abs(trial.value - self.goal) <= self.tolerance
 
 
 def _search(meter: _Meter) -> None:
     """Scan decades upward until the target is reached, halve the bracket, then two-point steps."""
-    low, high = LOG_RANGE[0], None
+    before = None
     for log in np.linspace(*LOG_RANGE, SCAN_POINTS):
         if meter.left < 1:
-            return
-        if meter.reached(meter.at(float(log))):
-            high = float(log)
             break
-        low = float(log)
-    if high is None:
-        low = high = min(meter.trials, key=lambda log: meter.trials[log].loss)
+        trial = meter.at(float(log))
+        # A value that stays the same to the last bit: nothing is left that more could corrupt.
+        settled = before is not None and trial.value == before.value and meter.moved(trial)
+        if meter.reached(trial) or settled:
+            break
+        before = trial
+    meter.settle()
+    scanned = sorted(meter.trials)
+    place = next(i for i, log in enumerate(scanned) if meter.reached(meter.trials[log]))
+    low, high = scanned[max(0, place - 1)], scanned[place]
     for _ in range(BISECTIONS):
         if meter.left < 1 or high - low < 2 * TWO_POINT_STEP:
             break
@@ -265,7 +289,7 @@ def _two_point(meter: _Meter, log: float) -> None:
     before, after = meter.at(ends[0]), meter.at(ends[1])
     slope = (after.value - before.value) / (ends[1] - ends[0])
     if slope:
-        step = (meter.target - meter.at(log).value) / slope
+        step = (meter.goal - meter.at(log).value) / slope
         meter.at(log + min(max(step, -3 * TWO_POINT_STEP), 3 * TWO_POINT_STEP))
 
 
@@ -289,13 +313,13 @@ def _at_strength(
 
 def _candidates(meter: _Meter) -> list[float]:
     """Return strengths in the order in which to try them."""
-    within = sorted(log for log, trial in meter.trials.items() if trial.loss <= meter.tolerance)
+    within = sorted(log for log, trial in meter.trials.items() if meter.near(trial))
     if not within:
         within = sorted(meter.trials, key=lambda log: (meter.trials[log].loss, log))
     roomier = round(min(within[0] + math.log10(MARGIN), LOG_RANGE[1]), 6)
     if meter.left < 1 and roomier not in meter.trials:
         return within
-    if meter.at(roomier).loss > max(meter.tolerance, meter.trials[within[0]].loss):
+    if meter.at(roomier).loss > meter.trials[within[0]].loss + meter.tolerance:
         return within
     return [roomier, *(log for log in within if log != roomier)]
 

@@ -134,6 +134,19 @@ def test_it_never_leaves_the_range() -> None:
     assert all(not s or low * 0.999 <= s <= high * 1.001 for s in engine.strengths)
 
 
+def test_a_corruption_without_effect_is_said_to_have_none() -> None:
+    learned = learn(Formula(lambda strength: 0.8))
+    assert "does not carry the memory" in learned.notes[-1]
+    assert learned.strength > 0
+
+
+def test_a_target_out_of_reach_takes_the_smallest_strength_of_the_plateau() -> None:
+    """The best any strength does is 0.2; the generic frame would be at 0.05."""
+    learned = learn(Formula(falling(1.0, low=0.2)))
+    assert learned.value == pytest.approx(0.2, abs=0.1)
+    assert learned.strength / RMS < 30
+
+
 def test_it_is_deterministic() -> None:
     assert learn(Formula(falling(20.0))) == learn(Formula(falling(20.0)))
 
