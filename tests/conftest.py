@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from guard.bundle import BundleStore
+    from guard.keys import GuardKey
+    from guard.prompts import ModelPrompts
+
+# Before anything loads torch: OpenMP threads that spin while they wait starve one another.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "harry-potter"
 
@@ -31,3 +42,54 @@ def encoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def example_dir() -> Path:
     """The shipped example target's data."""
     return EXAMPLE
+
+
+@pytest.fixture(scope="session")
+def prompts(smollm2_dir: Path) -> ModelPrompts:
+    """Tokenizer, template and embedding table of the embedded model."""
+    from guard.prompts import ModelPrompts
+
+    return ModelPrompts.load(smollm2_dir)
+
+
+@pytest.fixture(scope="session")
+def guard_key() -> GuardKey:
+    """A key for the whole session."""
+    from guard.keys import GuardKey
+
+    return GuardKey.generate()
+
+
+@pytest.fixture(scope="session")
+def small_bundle(
+    tmp_path_factory: pytest.TempPathFactory, prompts: ModelPrompts, guard_key: GuardKey
+) -> BundleStore:
+    """The example target, learned in seconds: little benign data, no strength search."""
+    from guard.bundle import BundleStore
+    from guard.ledger import Ledger
+    from guard.targets import TargetRequest, add_target
+
+    folder = tmp_path_factory.mktemp("small")
+    store = BundleStore(folder / "bundle", guard_key)
+    add_target(
+        TargetRequest(
+            "harry-potter", EXAMPLE / "forget.jsonl", EXAMPLE / "retain.jsonl", small_benign(folder)
+        ),
+        store=store,
+        key=guard_key,
+        prompts=prompts,
+        engine=None,
+        ledger=Ledger(store.root / "ledger.jsonl", guard_key),
+        progress=lambda what, done, total: None,
+    )
+    return store
+
+
+def small_benign(folder: Path) -> Path:
+    """Write a few hundred short prompts of the set that ships."""
+    from classifiers.benign import load_benign
+
+    path = folder / "benign.jsonl"
+    short = [text for text in load_benign() if len(text) < 300][:600]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in short))
+    return path

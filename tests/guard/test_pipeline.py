@@ -1,0 +1,247 @@
+"""The guard decides on all that a model would read, and rewrites only what was flagged."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from guard.build import load_guard
+from guard.bundle import BundleStore
+from guard.embeds import decode_embeds
+from guard.errors import ArtifactError, CannotCorruptError, IncompatibleArtifactError, StageError
+from guard.keys import GuardKey
+from guard.ledger import Ledger, verify_ledger
+from guard.pipeline import Guard, Inspection
+from guard.prompts import ModelPrompts
+from guard.request import parse_request
+from guard.types import FloatArray
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+FLAGGED = "Which house was Hermione Granger sorted into at Hogwarts?"
+BENIGN = "How do I bake bread at home?"
+MAX_BYTES = 10_000_000
+
+
+@pytest.fixture(scope="module")
+def ledger_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
+
+
+@pytest.fixture(scope="module")
+def guard(
+    small_bundle: BundleStore, guard_key: GuardKey, prompts: ModelPrompts, ledger_path: Path
+) -> Guard:
+    ledger = Ledger(ledger_path, guard_key)
+    return load_guard(store=small_bundle, key=guard_key, prompts=prompts, ledger=ledger)
+
+
+def chat(*contents: Any, **fields: Any) -> bytes:
+    messages = [{"role": "user", "content": content} for content in contents]
+    return json.dumps({"model": "m", "messages": messages, **fields}).encode()
+
+
+def embeddings_of(part: str) -> FloatArray:
+    return decode_embeds(base64.b64decode(part), MAX_BYTES)
+
+
+def rewritten(guard: Guard, endpoint: str, body: bytes) -> dict[str, Any]:
+    inspection = guard.inspect(endpoint, body)
+    assert inspection.decision.route == "corrupt"
+    found: dict[str, Any] = json.loads(guard.rewrite(inspection))
+    return found
+
+
+def test_only_the_flagged_message_is_flagged_and_its_entity_named(guard: Guard) -> None:
+    decision = guard.inspect(CHAT, chat(BENIGN, FLAGGED)).decision
+    assert (decision.flagged, decision.route, decision.coverage) == (True, "corrupt", 1.0)
+    (hit,) = decision.targets
+    assert hit.name == "harry-potter" and hit.enforced and 0 < hit.p_value < 0.01
+    assert {span.path for span in hit.spans} == {"messages/1/content"}
+    named = " ".join(FLAGGED[span.start : span.end] for span in hit.spans)
+    assert "Hogwarts" in named and "Hermione" in named
+
+
+def test_a_benign_request_passes(guard: Guard) -> None:
+    decision = guard.inspect(CHAT, chat(BENIGN)).decision
+    assert (decision.flagged, decision.route, decision.targets) == (False, "pass", ())
+
+
+def test_spans_point_into_the_text_as_it_was_sent(guard: Guard) -> None:
+    disguised = "Which house was Her\u200bmione Granger sorted into at Ｈｏｇｗａｒｔｓ?"
+    decision = guard.inspect(CHAT, chat(disguised)).decision
+    named = [disguised[span.start : span.end] for span in decision.targets[0].spans]
+    assert any("Ｈｏｇｗａｒｔｓ" in text for text in named)
+
+
+def test_unmarked_tokens_stay_clean_and_marked_ones_do_not(
+    guard: Guard, prompts: ModelPrompts
+) -> None:
+    inspection = guard.inspect(CHAT, chat(FLAGGED))
+    body = json.loads(guard.rewrite(inspection))
+    sent = embeddings_of(body["messages"][0]["content"][0]["data"])
+    tokens = prompts.content_tokens([{"role": "user", "content": FLAGGED}], 0)
+    clean = prompts.embed(tokens.ids)
+    spans = inspection.decision.targets[0].spans
+    for row, (start, end) in enumerate(tokens.offsets):
+        marked = any(start < span.end and span.start < end for span in spans)
+        assert np.array_equal(sent[row], clean[row]) != marked
+    assert any(np.array_equal(one, other) for one, other in zip(sent, clean, strict=True))
+
+
+def test_the_same_text_gets_the_same_noise_and_another_text_other_noise(guard: Guard) -> None:
+    once, again = (rewritten(guard, CHAT, chat(FLAGGED)) for _ in range(2))
+    assert once == again
+    other = rewritten(guard, CHAT, chat("Please tell me: " + FLAGGED))
+    assert once != other
+
+
+def test_everything_else_of_the_body_stays(guard: Guard) -> None:
+    fields = {"temperature": 0.5, "stop": ["\n\n"], "seed": 7, "user": "u"}
+    sent = rewritten(guard, CHAT, chat(BENIGN, FLAGGED, **fields))
+    assert {key: sent[key] for key in fields} == fields
+    assert sent["messages"][0] == {"role": "user", "content": BENIGN}
+
+
+def test_parts_of_one_message_become_one_embeddings_part(
+    guard: Guard, prompts: ModelPrompts
+) -> None:
+    parts = [{"type": "text", "text": text} for text in (BENIGN, "", FLAGGED)]
+    inspection = guard.inspect(CHAT, chat(parts))
+    assert {span.path for span in inspection.decision.targets[0].spans} == {
+        "messages/0/content/2/text"
+    }
+    content = json.loads(guard.rewrite(inspection))["messages"][0]["content"]
+    assert [part["type"] for part in content] == ["prompt_embeds"]
+    sent = embeddings_of(content[0]["data"])
+    tokens = prompts.content_tokens([{"role": "user", "content": parts}], 0)
+    clean = prompts.embed(tokens.ids)
+    changed = [row for row in range(len(clean)) if not np.array_equal(clean[row], sent[row])]
+    assert changed and min(tokens.offsets[row][0] for row in changed) > len(BENIGN)
+
+
+def test_completions_prompts_become_embeddings(guard: Guard, prompts: ModelPrompts) -> None:
+    body = json.dumps({"model": "m", "prompt": FLAGGED, "max_tokens": 5}).encode()
+    sent = rewritten(guard, COMPLETIONS, body)
+    assert "prompt" not in sent and sent["max_tokens"] == 5
+    assert len(embeddings_of(sent["prompt_embeds"])) == len(prompts.prompt_tokens(FLAGGED).ids)
+
+
+def test_token_id_prompts_are_read_and_unflagged_neighbours_sent_clean(
+    guard: Guard, prompts: ModelPrompts
+) -> None:
+    flagged, benign = (prompts.prompt_tokens(text).ids for text in (FLAGGED, BENIGN))
+    body = json.dumps({"model": "m", "prompt": [benign, flagged]}).encode()
+    first, second = (
+        embeddings_of(part) for part in rewritten(guard, COMPLETIONS, body)["prompt_embeds"]
+    )
+    assert np.array_equal(first, prompts.embed(benign))
+    assert not np.array_equal(second, prompts.embed(flagged))
+
+
+def test_an_empty_prompt_beside_a_flagged_one_is_refused_clearly(guard: Guard) -> None:
+    body = json.dumps({"model": "m", "prompt": ["", FLAGGED]}).encode()
+    with pytest.raises(CannotCorruptError, match="no tokens"):
+        guard.rewrite(guard.inspect(COMPLETIONS, body))
+
+
+def test_text_outside_contents_is_refused_not_passed(guard: Guard) -> None:
+    tool = {"type": "function", "function": {"name": "f", "description": FLAGGED}}
+    inspection = guard.inspect(CHAT, chat(BENIGN, tools=[tool]))
+    assert inspection.decision.route == "refuse"
+    with pytest.raises(CannotCorruptError, match="tools/0/function"):
+        guard.rewrite(inspection)
+
+
+def test_detecting_targets_are_recorded_and_never_acted_on(guard: Guard) -> None:
+    policies = {name: replace(p, status="detecting") for name, p in guard.targets.items()}
+    watching = Guard(guard.detector, policies, GuardKey.generate(), guard.prompts)
+    decision = watching.inspect(CHAT, chat(FLAGGED)).decision
+    assert decision.flagged and decision.route == "pass"
+    assert [hit.enforced for hit in decision.targets] == [False]
+
+
+def test_a_failing_detector_is_a_stage_error(guard: Guard) -> None:
+    class Broken:
+        targets = guard.detector.targets
+
+        def detect(self, texts: object) -> Any:
+            raise OSError("gone")
+
+        def spans(self, text: str, target: str) -> list[tuple[int, int]]:
+            return []
+
+    broken = Guard(Broken(), guard.targets, GuardKey.generate(), guard.prompts)
+    with pytest.raises(StageError, match="detect"):
+        broken.inspect(CHAT, chat(BENIGN))
+
+
+def test_what_was_not_read_whole_is_never_passed(guard: Guard) -> None:
+    class HalfBlind:
+        targets = guard.detector.targets
+
+        def detect(self, texts: list[str]) -> Any:
+            found = guard.detector.detect(texts)
+            return replace(found, coverage=found.coverage * np.float32(0.5))
+
+        def spans(self, text: str, target: str) -> list[tuple[int, int]]:
+            return []
+
+    blind = Guard(HalfBlind(), guard.targets, GuardKey.generate(), guard.prompts)
+    assert blind.inspect(CHAT, chat(BENIGN)).decision.route == "block"
+
+
+def test_the_ledger_has_figures_and_no_text(
+    guard: Guard, guard_key: GuardKey, ledger_path: Path
+) -> None:
+    for body in (chat(BENIGN), chat(FLAGGED)):
+        guard.record(guard.inspect(CHAT, body))
+    rows = [json.loads(line) for line in ledger_path.read_text().splitlines()]
+    assert [row["kind"] for row in rows] == ["decision"]
+    assert rows[0]["route"] == "corrupt" and rows[0]["targets"][0]["name"] == "harry-potter"
+    assert "Hermione" not in ledger_path.read_text()
+    assert verify_ledger(ledger_path, guard_key).ok
+
+
+def test_many_requests_at_once_are_decided_as_one_by_one(guard: Guard) -> None:
+    bodies = [chat(text) for text in (BENIGN, FLAGGED, "2 + 2?", FLAGGED, "Who is Ron Weasley?")]
+    requests = [parse_request(CHAT, body) for body in bodies]
+    assert guard.decide_many(requests) == [guard.decide(request) for request in requests]
+
+
+def test_long_text_is_read_to_its_end(guard: Guard) -> None:
+    long = " ".join([BENIGN] * 400) + " " + FLAGGED
+    decision = guard.inspect(CHAT, chat(long)).decision
+    assert decision.coverage == 1.0 and decision.flagged
+    assert max(span.end for span in decision.targets[0].spans) > len(long) - len(FLAGGED)
+
+
+def test_a_bundle_is_refused_for_another_key_model_or_bytes(
+    small_bundle: BundleStore, guard_key: GuardKey, prompts: ModelPrompts, tmp_path: Path
+) -> None:
+    def load(store: BundleStore, key: GuardKey) -> Guard:
+        return load_guard(store=store, key=key, prompts=prompts, ledger=None)
+
+    with pytest.raises(IncompatibleArtifactError, match="key"):
+        load(BundleStore(small_bundle.root), GuardKey.generate())
+    copied = BundleStore(tmp_path / "copy", guard_key)
+    shutil.copytree(small_bundle.root, copied.root)
+    head = next(copied.root.rglob("head.safetensors"))
+    data = bytearray(head.read_bytes())
+    data[-1] ^= 1
+    head.write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match="altered"):
+        load(copied, guard_key)
+
+
+def test_inspections_do_not_share_state(guard: Guard) -> None:
+    first, second = guard.inspect(CHAT, chat(FLAGGED)), guard.inspect(CHAT, chat(BENIGN))
+    assert isinstance(first, Inspection) and first.request.body != second.request.body
+    assert guard.rewrite(first) == guard.rewrite(first)
