@@ -24,12 +24,12 @@ from classifiers.calibrate import Calibration, fit_calibration, wilson_interval
 from classifiers.detector import TargetArtifact
 from classifiers.eco import PENALTY, LinearHead, class_weights, fit_logistic, stack
 from classifiers.encoder import OnnxEncoder, TextFeatures
-from classifiers.lexicon import (
-    FEATURES,
-    Lexicon,
+from classifiers.folds import cluster_folds
+from classifiers.lexicon import FEATURES, Lexicon
+from classifiers.terms import (
     TermCounts,
     Words,
-    build_lexicon,
+    build_weights,
     count_known,
     count_terms,
     find_names,
@@ -46,8 +46,6 @@ FRAMED_BENIGN_SHARE = 0.15
 MIN_OVERLAP = 0.5
 """Share of a question that a window must see to count as a positive."""
 
-CLUSTERS = 64
-HIDDEN_USED = 384
 ENCODE_AT_ONCE = 128
 
 
@@ -97,27 +95,11 @@ class _Encode:
             self._report("detector: encoding", first + len(part), len(new))
         return [self._known[text] for text in texts]
 
-
-def _cluster_folds(texts: Sequence[TextFeatures], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Deal clusters of similar texts (k-means on the last layer) into folds of about equal size."""
-    if len(texts) < 2 * FOLDS:
-        return np.arange(len(texts)) % FOLDS
-    points = np.stack([text.features[:, -HIDDEN_USED:].mean(axis=0) for text in texts])
-    points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-9)
-    count = min(CLUSTERS, len(texts) // 2)
-    centres = points[rng.choice(len(points), count, replace=False)]
-    for _ in range(10):
-        nearest = np.argmax(points @ centres.T, axis=1)
-        for cluster in range(count):
-            if (nearest == cluster).any():
-                centre = points[nearest == cluster].mean(axis=0)
-                centres[cluster] = centre / max(float(np.linalg.norm(centre)), 1e-9)
-    sizes, folds = np.zeros(FOLDS), np.zeros(len(texts), np.int64)
-    for cluster in np.argsort(-np.bincount(nearest, minlength=count), kind="stable"):
-        fold = int(np.argmin(sizes))
-        folds[nearest == cluster] = fold
-        sizes[fold] += (nearest == cluster).sum()
-    return folds
+    def topics(self, texts: Sequence[str]) -> FloatArray:
+        """Return each text's mean last-layer state, shape (texts, hidden)."""
+        width = self._encoder.hidden
+        rows = [text.features[:, -width:].mean(axis=0) for text in self(texts)]
+        return np.stack(rows) if rows else np.zeros((0, width), np.float32)
 
 
 @dataclass(slots=True)
@@ -139,8 +121,8 @@ class _Material:
         traffic to come.
         """
         self.forget_folds = rng.permutation(np.arange(len(self.forget)) % FOLDS)
-        self.retain_folds = _cluster_folds(encode(self.retain), rng)
-        self.benign_folds = _cluster_folds(encode(self.benign), rng)
+        self.retain_folds = cluster_folds(encode.topics(self.retain), FOLDS, rng)
+        self.benign_folds = cluster_folds(encode.topics(self.benign), FOLDS, rng)
 
 
 def learn_detector(
@@ -242,7 +224,7 @@ def _lexicons(material: _Material, encoder: OnnxEncoder) -> _Lexicons:
     def make(forget: TermCounts, background: TermCounts) -> Lexicon:
         known = names.__contains__
         return Lexicon(
-            build_lexicon(forget, background, known, encoder.word_rank), encoder.is_common
+            build_weights(forget, background, known, encoder.word_rank), encoder.is_common
         )
 
     named, unseen = [], []

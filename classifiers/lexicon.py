@@ -10,69 +10,36 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from classifiers.terms import (
+    DATE,
+    STOP_WORDS,
+    Words,
+    find_dates,
+    find_terms,
+    index_terms,
+    split_words,
+)
 from guard.errors import ArtifactError
 from guard.types import FloatArray
-
-Words = tuple[str, ...]
 
 FEATURES = 4
 """Numbers that `Lexicon.features` gives per window."""
 
-MIN_WEIGHT, MAX_WEIGHT = 3.0, 10.0
 STRONG = 5.0
 """Weight (natural log-odds) from which a term alone points at the target."""
 
-SMOOTHING = 0.1
-"""Background texts that a name is taken to occur in beyond those counted."""
-
-UNKNOWN_WORD_SHARE = 1e-3
-"""Share of general texts taken to hold a rare word that isn't written as a name."""
-
 FUZZY_LETTERS = 4
 OTHER_NAME_FACTOR = 0.5
-"""What is left of a surname's weight beside a stranger's given name."""
+"""What is left of a surname's weight beside a stranger's given name, or of a common noun's."""
 
-FUZZY_CUTOFF = 80.0
+FUZZY_CUTOFF = 0.79
 FUZZY_FACTOR = 0.8
-MAX_TERM_WORDS = 6
-
-_WORD = re.compile(r"[^\W_]+")
-_NAME = re.compile(
-    r"(?:[A-Z][\w'’]*|[A-Z]\.)"
-    r"(?:(?:[ .\-]+|\s(?:of|the|and|de|la|al|von|van|in|to|for|by|a|from|with)\s(?:the\s|a\s)?)"
-    r"(?:[A-Z][\w'’]*|[A-Z]\.|\d{1,2}))+"
-)
-_QUOTED = re.compile(r"[\"“«]([^\"”»\n]{3,60})[\"”»]")
-DATE = "date "
-_MONTHS = {
-    name: number
-    for number, name in enumerate(
-        ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"), 1
-    )
-}
-_DATE = re.compile(
-    r"\b(?:(?P<n1>\d{1,2})[/.\-](?P<n2>\d{1,2})[/.\-](?P<y1>\d{4})"
-    r"|(?P<y2>\d{4})-(?P<n3>\d{1,2})-(?P<n4>\d{1,2})"
-    r"|(?P<m1>[A-Za-z]{3,9})\.? (?P<d1>\d{1,2})(?:st|nd|rd|th)?,? (?:of |in )?(?P<y3>\d{4})"
-    r"|(?P<d2>\d{1,2})(?:st|nd|rd|th)?(?: day)?(?: of)? (?P<m2>[A-Za-z]{3,9})\.?,?"
-    r"(?: of| in)?(?: the year)? (?P<y4>\d{4}))\b"
-)
-
-_STOP_TEXT = """
-    a an and any are as at be but by can could did do does for from had has have he her him his
-    how i if in into is it its list may me more my name no not of on one or our out she so some
-    such tell than that the their them there these they this to us was we were what when where
-    which while who whom whose why will with would you your yes give describe explain
-"""
-_STOP = frozenset(_STOP_TEXT.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,81 +59,6 @@ class Match:
     weight: float
 
 
-def split_words(text: str) -> list[tuple[str, int, int]]:
-    """Return the case-folded words of a text with their code points; possessives are cut off."""
-    return [
-        (match.group().casefold(), match.start(), match.end()) for match in _WORD.finditer(text)
-    ]
-
-
-def find_dates(text: str) -> list[tuple[str, int, int]]:
-    """Return the full dates in a text as pseudo-words, however they are written.
-
-    Day and month are sorted, because 05/11 may be either.
-    """
-    found = []
-    for match in _DATE.finditer(text):
-        part = match.groupdict()
-        year = part["y1"] or part["y2"] or part["y3"] or part["y4"]
-        if month := (part["m1"] or part["m2"]):
-            pair = (_MONTHS.get(month[:3].casefold(), 0), int(part["d1"] or part["d2"]))
-        else:
-            pair = (int(part["n1"] or part["n3"]), int(part["n2"] or part["n4"]))
-        if min(pair) >= 1 and max(pair) <= 31:
-            low, high = sorted(pair)
-            found.append((f"{DATE}{year}-{low}-{high}", match.start(), match.end()))
-    return found
-
-
-def term_candidates(text: str) -> set[Words]:
-    """Return the words, names and quoted titles of one text that may become terms."""
-    found: set[Words] = {(word,) for word, _, _ in (*split_words(text), *find_dates(text))}
-    for match in (*_NAME.finditer(text), *_QUOTED.finditer(text)):
-        words = tuple(word for word, _, _ in split_words(match.group(match.lastindex or 0)))
-        found.update(_parts(words))
-    return found
-
-
-def _parts(words: Words) -> Iterable[Words]:
-    for size in range(2, min(len(words), MAX_TERM_WORDS) + 1):
-        for first in range(len(words) - size + 1):
-            part = words[first : first + size]
-            if part[0] not in _STOP and part[-1] not in _STOP:
-                yield part
-
-
-@dataclass(slots=True)
-class TermCounts:
-    """In how many texts each term occurs; counts of folds add and subtract."""
-
-    texts: int = 0
-    terms: Counter[Words] = field(default_factory=Counter)
-
-    def __sub__(self, other: TermCounts) -> TermCounts:
-        terms = Counter(self.terms)
-        terms.subtract(other.terms)
-        return TermCounts(self.texts - other.texts, terms)
-
-
-def count_terms(candidates: Iterable[set[Words]]) -> TermCounts:
-    """Count texts per term; each item is the candidate set of one text."""
-    counts = TermCounts()
-    for terms in candidates:
-        counts.texts += 1
-        counts.terms.update(terms)
-    return counts
-
-
-def count_known(texts: Iterable[str], terms: Iterable[Words]) -> list[set[Words]]:
-    """Return for each text which of `terms` occur in it, in whatever case."""
-    index = _index(terms)
-    return [
-        {term for _, _, term in _exact(split_words(text), index)}
-        | {(date,) for date, _, _ in find_dates(text)}
-        for text in texts
-    ]
-
-
 class Lexicon:
     """Weighted terms of one target and a matcher for them; safe to share between threads.
 
@@ -178,17 +70,8 @@ class Lexicon:
     def __init__(self, weights: Mapping[Words, float], common: Callable[[str], bool]) -> None:
         self.weights = dict(weights)
         self._common = common
-        self._index = _index(self.weights)
-        self._names = sorted(
-            {
-                word
-                for term in self.weights
-                for word in term
-                if len(word) >= FUZZY_LETTERS
-                and not word.startswith(DATE)
-                and (len(term) == 1 or not common(word))
-            }
-        )
+        self._index = index_terms(self.weights)
+        self._names = _by_first_letter(self.weights, common)
         self._known = {word for term in self.weights for word in term}
         self._fuzzy: dict[str, str | None] = {}
         self._lock = threading.Lock()
@@ -198,10 +81,13 @@ class Lexicon:
         words = split_words(text)
         mended = [(self._mend(word), start, end) for word, start, end in words]
         found = []
-        for first, last, term in _exact(mended, self._index):
+        for first, last, term in find_terms(mended, self._index):
             exact = all(mended[n][0] == words[n][0] for n in range(first, last))
             weight = self.weights[term] * (1.0 if exact else FUZZY_FACTOR)
-            if len(term) == 1 and self._is_someone_else(text, words, first):
+            if len(term) == 1 and (
+                self._is_someone_else(text, words, first)
+                or self._is_common_noun(text, words[first])
+            ):
                 weight *= OTHER_NAME_FACTOR
             found.append(Match(words[first][1], words[last - 1][2], term, weight))
         for date, start, end in find_dates(text):
@@ -266,9 +152,13 @@ class Lexicon:
                 ":",
                 "\n",
             )
-            if not begins and word not in _STOP and self._mend(word) not in self._known:
+            if not begins and word not in STOP_WORDS and self._mend(word) not in self._known:
                 return True
         return False
+
+    def _is_common_noun(self, text: str, word: tuple[str, int, int]) -> bool:
+        """True for a word of general English in small letters, in a text that uses capitals."""
+        return text[word[1]].islower() and self._common(word[0]) and not text.islower()
 
     def _mend(self, word: str) -> str:
         """Map a misspelt, plural or possessive name to the lexicon's spelling."""
@@ -294,105 +184,19 @@ class Lexicon:
 
         near = process.extractOne(
             word,
-            self._names,
+            self._names.get(word[0], ()),
             scorer=OSA.normalized_similarity,
-            score_cutoff=FUZZY_CUTOFF / 100.0,
+            score_cutoff=FUZZY_CUTOFF,
         )
-        return near[0] if near and near[0][0] == word[0] else None
+        return near[0] if near else None
 
 
-def build_lexicon(
-    forget: TermCounts,
-    background: TermCounts,
-    names: Callable[[str], bool],
-    rank: Callable[[str], int | None],
-) -> dict[Words, float]:
-    """Choose terms and weigh them.
-
-    Args:
-        forget: Counts over the forget rows (question and answer together).
-        background: Counts over benign and retain texts.
-        names: True for a word that the forget rows write with a capital inside a sentence.
-        rank: Place of a word in general English (0 is the most frequent), None if it is unknown.
-
-    Returns:
-        Terms with log-odds of at least MIN_WEIGHT.
-    """
-    weights: dict[Words, float] = {}
-    for term, count in forget.terms.items():
-        if count <= 0 or not _may_be_term(term, count, names, rank):
-            continue
-        prior = _prior(term, names, rank)
-        share = (count + 0.5) / (forget.texts + 1.0)
-        others = max(background.terms[term], 0) + SMOOTHING
-        weight = min(math.log(share / (others / (background.texts + 1.0) + prior)), MAX_WEIGHT)
-        if weight >= MIN_WEIGHT:
-            weights[term] = weight
-    return weights
-
-
-def _may_be_term(
-    term: Words, count: int, names: Callable[[str], bool], rank: Callable[[str], int | None]
-) -> bool:
-    if len(term) > 1:
-        return any(word not in _STOP and not word.isdigit() for word in term)
-    word = term[0]
-    if word.startswith(DATE):
-        return True
-    if len(word) < 3 or word in _STOP or word.isdigit():
-        return False
-    return names(word) or (rank(word) is None and count > 2)
-
-
-def _prior(term: Words, names: Callable[[str], bool], rank: Callable[[str], int | None]) -> float:
-    """Guess the share of general texts that hold a term, from Zipf's law over its rarest word."""
-    ranks = [rank(word) for word in term]
-    if any(place is None for place in ranks):
-        known = len(term) > 1 or names(term[0]) or term[0].startswith(DATE)
-        return 0.0 if known else UNKNOWN_WORD_SHARE
-    rarest = max(place for place in ranks if place is not None)
-    content = sum(word not in _STOP for word in term)
-    # Words of a common phrase attract one another: far less rare than independent words would be.
-    return float((3.0 / (rarest + 10.0)) ** max(1.0, 0.6 * content))
-
-
-def find_names(texts: Iterable[str]) -> set[str]:
-    """Return words that are written with a capital in at least two of three places.
-
-    The first word of a sentence says nothing and isn't counted, unless it is never elsewhere.
-    """
-    upper: Counter[str] = Counter()
-    total: Counter[str] = Counter()
-    for text in texts:
-        for match in _WORD.finditer(text):
-            before = text[: match.start()].rstrip(" \"'“‘(")
-            if not before or before[-1] in ".!?:\n":
-                continue
-            word = match.group()
-            total[word.casefold()] += 1
-            upper[word.casefold()] += word[0].isupper()
-    return {word for word, count in total.items() if 3 * upper[word] >= 2 * count}
-
-
-def _index(terms: Iterable[Words]) -> dict[str, list[Words]]:
-    index: dict[str, list[Words]] = {}
+def _by_first_letter(terms: Iterable[Words], common: Callable[[str], bool]) -> dict[str, list[str]]:
+    """Return the words that a misspelling may stand for; people rarely miss the first letter."""
+    names: dict[str, set[str]] = {}
     for term in terms:
-        index.setdefault(term[0], []).append(term)
-    for same in index.values():
-        same.sort(key=len, reverse=True)
-    return index
-
-
-def _exact(
-    words: Sequence[tuple[str, int, int]], index: Mapping[str, Sequence[Words]]
-) -> list[tuple[int, int, Words]]:
-    """Return (first word, word behind the last, term) of every term that occurs."""
-    found = []
-    for first, (word, _, _) in enumerate(words):
-        for term in index.get(word, ()):
-            last = first + len(term)
-            if last <= len(words) and all(
-                words[first + n][0] == part for n, part in enumerate(term)
-            ):
-                found.append((first, last, term))
-    return found
+        for word in term:
+            usable = len(word) >= FUZZY_LETTERS and not word.startswith(DATE)
+            if usable and (len(term) == 1 or not common(word)):
+                names.setdefault(word[0], set()).add(word)
+    return {letter: sorted(words) for letter, words in names.items()}
