@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Before anything loads torch: OpenMP threads that spin while they wait starve one another.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+pytest_plugins = ["tests.product"]
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "harry-potter"
 
 

@@ -4,63 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
-import openai
 import pytest
 
-from benchmarks.leak import holds_fact, is_repetitive
+from benchmarks.measures import holds_fact, is_repetitive
 from classifiers.benign import load_benign
-
-if TYPE_CHECKING:
-    from tests.end_to_end.conftest import Recorder
+from tests.product import Recorder, ask
 
 MODEL = "smollm2-135m-instruct"
 PROBES = 12
 """Of the known probes; the benchmark asks them all (docs/results.md)."""
 
 
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=300)
-
-
-def ask(url: str, question: str, *, stream: bool = False, max_tokens: int = 32) -> str:
-    messages: Any = [{"role": "user", "content": question}]
-    with client(url) as api:
-        if not stream:
-            answer = api.chat.completions.create(
-                model=MODEL, messages=messages, temperature=0, max_tokens=max_tokens
-            )
-            return answer.choices[0].message.content or ""
-        pieces = api.chat.completions.create(
-            model=MODEL, messages=messages, temperature=0, max_tokens=max_tokens, stream=True
-        )
-        return "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
-
-
-@pytest.fixture(scope="module")
-def known_probes(example_dir: Path) -> list[dict[str, Any]]:
-    rows = [
-        json.loads(line) for line in (example_dir / "probes.jsonl").read_text().splitlines() if line
-    ]
-    known = [row for row in rows if row.get("known")]
-    assert len(known) >= 20, "the issue asks for at least twenty questions the model can answer"
-    step = max(1, len(known) // PROBES)
-    return known[::step][:PROBES]
-
-
 def test_the_model_knows_before_and_not_after(
     guarded_url: str, unguarded_url: str, known_probes: list[dict[str, Any]]
 ) -> None:
     held_before, held_after, answers = 0, 0, []
-    for probe in known_probes:
-        before = ask(unguarded_url, probe["question"], max_tokens=64)
-        after = ask(guarded_url, probe["question"], max_tokens=64)
+    asked = known_probes[:: len(known_probes) // PROBES]
+    for probe in asked:
+        before = ask(unguarded_url, MODEL, probe["question"], max_tokens=64)
+        after = ask(guarded_url, MODEL, probe["question"], max_tokens=64)
         held_before += holds_fact(before, probe["facts"])
         held_after += holds_fact(after, probe["facts"])
         answers.append(after)
-    assert held_before >= 0.9 * len(known_probes)
+    assert held_before >= 0.9 * len(asked)
     assert held_after <= 1
     assert all(answer.strip() for answer in answers)
     assert sum(is_repetitive(answer) for answer in answers) <= 1
@@ -71,9 +40,11 @@ def test_streamed_and_whole_answers_of_a_flagged_request_are_the_same(
     guarded_url: str, known_probes: list[dict[str, Any]]
 ) -> None:
     question = known_probes[0]["question"]
-    whole = ask(guarded_url, question)
-    assert ask(guarded_url, question, stream=True) == whole
-    assert ask(guarded_url, question) == whole, "asking again must not average the noise away"
+    whole = ask(guarded_url, MODEL, question)
+    assert ask(guarded_url, MODEL, question, stream=True) == whole
+    assert ask(guarded_url, MODEL, question) == whole, (
+        "asking again must not average the noise away"
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -204,7 +175,7 @@ def test_no_text_in_bundle_ledger_or_log(
     guarded_url: str, example_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     question = "Which animal is the Animagus form of Professor McGonagall at Hogwarts?"
-    ask(guarded_url, question, max_tokens=2)
+    ask(guarded_url, MODEL, question, max_tokens=2)
     ledger = (example_bundle / "ledger.jsonl").read_bytes()
     assert b'"decision"' in ledger
     logs = list(tmp_path_factory.getbasetemp().rglob("*.log"))

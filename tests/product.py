@@ -1,4 +1,8 @@
-"""The product as its users meet it: commands in processes of their own, and real HTTP between."""
+"""The product as its users meet it: commands in processes of their own, and real HTTP between.
+
+A pytest plugin (`tests/conftest.py` loads it), so that tests against the embedded engine and
+against vLLM share it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from threading import Thread
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 COMMAND = str(Path(sys.executable).with_name("unlearn-guard"))
@@ -172,6 +177,31 @@ def guarded_url(
         "--bundle", str(example_bundle),
     ) as url:  # fmt: skip
         yield url
+
+
+def ask(url: str, model: str, question: str, *, stream: bool = False, max_tokens: int = 32) -> str:
+    """Ask through the official client, greedily; returns the answer's text."""
+    messages: Any = [{"role": "user", "content": question}]
+    with openai.OpenAI(
+        base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=300
+    ) as client:
+        if not stream:
+            answer = client.chat.completions.create(
+                model=model, messages=messages, temperature=0, max_tokens=max_tokens
+            )
+            return answer.choices[0].message.content or ""
+        pieces = client.chat.completions.create(
+            model=model, messages=messages, temperature=0, max_tokens=max_tokens, stream=True
+        )
+        return "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+
+
+@pytest.fixture(scope="session")
+def known_probes(example_dir: Path) -> list[dict[str, Any]]:
+    """Unseen paraphrased questions that the unguarded model answers with the fact."""
+    known = [row for row in read_jsonl(example_dir / "probes.jsonl") if row.get("known")]
+    assert len(known) >= 20, "the issue asks for at least twenty questions the model can answer"
+    return known
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
