@@ -19,8 +19,9 @@ from importlib.metadata import version as distribution_version
 import click
 
 from guard.cli_admin import bundle_group, config, doctor, ledger_group, model_group
+from guard.cli_chat import chat
 from guard.cli_decide import decide
-from guard.cli_serve import chat, engine, serve
+from guard.cli_serve import engine, serve
 from guard.cli_session import Session
 from guard.cli_target import target_group
 from guard.errors import (

@@ -1,18 +1,15 @@
-"""`unlearn-guard serve`, `chat` and `engine`: what answers."""
+"""`unlearn-guard serve` and `engine`: what answers over HTTP."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import signal
-import threading
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from guard.cli_compose import PACKAGED_NAME, CheckState, make_engine, prepare, server_options
-from guard.cli_session import Session, bundle_option, model_options
+from guard.cli_session import Session, async_runner, bundle_option, model_options
 
 if TYPE_CHECKING:
     from guard.reload import LiveGuard
@@ -80,88 +77,6 @@ def engine(session: Session, /, **flags: Any) -> None:
     _run(create_standin(bare), settings, bare.start, lambda url: note(f"unguarded engine at {url}"))
 
 
-@click.command("chat")
-@model_options
-@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
-@click.option("--system", help="A system message.")
-@click.option("--show-decisions", is_flag=True, help="Say after each turn what was decided.")
-@bundle_option
-@click.pass_obj
-def chat(
-    session: Session,
-    /,
-    max_tokens: int,
-    temperature: float,
-    system: str | None,
-    show_decisions: bool,
-    **flags: Any,
-) -> None:
-    """Talk to the model through the guard. /exit ends, /new begins a new conversation."""
-    from guard.chat import ask
-    from guard.console import note
-
-    session.load(**flags)
-    engine, guard, state = prepare(session)
-    opening = [{"role": "system", "content": system}] if system else []
-
-    async def turn(model: str, messages: list[dict[str, str]]) -> str:
-        reply = await ask(guard, engine, model, messages, max_tokens, temperature)
-        said = []
-        async for piece in reply.answer:
-            click.echo(piece, nl=False)
-            said.append(piece)
-        click.echo()
-        if show_decisions:
-            decision = reply.inspection.decision
-            hits = ", ".join(f"{h.name} (p {h.p_value:.2g})" for h in decision.targets) or "none"
-            note(f"route {decision.route}, targets {hits}")
-        return "".join(said)
-
-    async def talk() -> None:
-        await engine.start()
-        try:
-            await state.check(engine, guard)
-            model = (await engine.models())[0]
-            note(f"{model}, guarded by {session.settings.bundle}; /exit ends, /new starts again")
-            messages = list(opening)
-            while (text := await asyncio.to_thread(_read_line)) not in (None, "/exit", "/quit"):
-                if text == "/new":
-                    messages = list(opening)
-                elif text:
-                    await _take_turn(turn, model, messages, text)
-        finally:
-            await engine.close()
-
-    _run_async(talk())
-
-
-async def _take_turn(
-    turn: Callable[[str, list[dict[str, str]]], Coroutine[Any, Any, str]],
-    model: str,
-    messages: list[dict[str, str]],
-    text: str,
-) -> None:
-    from guard.console import note
-    from guard.errors import EngineError, RequestError, StageError
-
-    messages.append({"role": "user", "content": text})
-    try:
-        answer = await turn(model, messages)
-    except (RequestError, EngineError, StageError) as error:
-        messages.pop()
-        note(f"error: {error}")
-        return
-    messages.append({"role": "assistant", "content": answer})
-
-
-def _read_line() -> str | None:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return None
-
-
 def _greet(session: Session, url: str, state: CheckState, guard: LiveGuard) -> None:
     """Say what is served where, and what to try."""
     from guard.console import note
@@ -215,14 +130,5 @@ def _run(
 
 
 def _run_async(work: Coroutine[Any, Any, None]) -> None:
-    """Run to the end on uvloop; SIGTERM stops like Ctrl-C."""
-    import uvloop
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with async_runner() as runner:
         runner.run(work)
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt

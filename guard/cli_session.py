@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -161,3 +164,16 @@ def _start_logging(level: str) -> None:
     if level == "debug":  # not theirs: they log what they send
         for noisy in ("filelock", "urllib3", "httpx", "httpcore", "asyncio", "huggingface_hub"):
             logging.getLogger(noisy).setLevel(logging.INFO)
+
+
+def async_runner() -> asyncio.Runner:
+    """Return a runner on uvloop; from now on SIGTERM stops like Ctrl-C."""
+    import uvloop
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
