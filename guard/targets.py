@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -322,8 +322,11 @@ def _write(
     )
     artifact = learned.detector.artifact
     with store.transaction() as draft:
-        if not draft.files():
-            _begin(draft, learned, key, prompts, request.fpr_budget)
+        if not draft.manifest.model:
+            draft.manifest.key_id = key.id
+            draft.manifest.model = prompts.fingerprint.to_dict()
+            draft.manifest.fpr_budget = request.fpr_budget
+        _share(draft, learned.shared)
         # Another process may have written a version since learning began.
         _check_new(draft.manifest, request.name, store.root)
         draft.manifest.targets[request.name] = entry
@@ -336,15 +339,16 @@ def _write(
     return entry
 
 
-def _begin(
-    draft: BundleDraft, learned: _Learned, key: GuardKey, prompts: ModelPrompts, budget: float
-) -> None:
-    """Fill in what all targets of a bundle share."""
-    draft.manifest.key_id = key.id
-    draft.manifest.model = prompts.fingerprint.to_dict()
-    draft.manifest.fpr_budget = budget
-    for path, data in learned.shared.items():
-        draft.write(path, data)
+def _share(draft: BundleDraft, shared: Mapping[str, bytes]) -> None:
+    """Write what all targets of a bundle share, where it isn't there yet."""
+    there = set(draft.files())
+    for path, data in shared.items():
+        if path not in there:
+            draft.write(path, data)
+    described = json.loads(shared[f"{ENCODER_DIR}/encoder.json"])
+    draft.manifest.encoder = {
+        key: value for key, value in described.items() if isinstance(value, str | int)
+    }
 
 
 def _digests(rows: Sequence[Row], key: GuardKey) -> bytes:
