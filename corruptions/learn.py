@@ -290,6 +290,8 @@ def _two_point(meter: _Meter, log: float) -> None:
     slope = (after.value - before.value) / (ends[1] - ends[0])
     if slope:
         step = (meter.goal - meter.at(log).value) / slope
+        if abs(step) < TWO_POINT_STEP / 4:  # not worth an evaluation
+            return
         meter.at(log + min(max(step, -3 * TWO_POINT_STEP), 3 * TWO_POINT_STEP))
 
 

@@ -74,7 +74,7 @@ class FluencyFloor:
         generic_prompt: The question about another entity, or another question.
     """
 
-    NLL_MARGIN: Final = 1.0
+    NLL_MARGIN: Final = 1.5
     """Nats per token that corrupted answers may be less natural than clean ones."""
 
     LEAK_LIMIT: Final = 0.1
