@@ -26,6 +26,8 @@ QUANTILES = 101
 RETAIN_BUDGET = 0.05
 """Share of the texts to keep that may be flagged: they were chosen to be as close as can be."""
 
+ONE_SIDED_Z = 1.645
+
 GAP_QUANTILE, GAP_SHARE = 0.05, 0.5
 """Where forget scores leave a gap above the budget's threshold, it moves this share of the way to
 this quantile of theirs: real traffic is more varied than any benign set."""
@@ -120,7 +122,7 @@ def fit_calibration(
     Args:
         benign: Held-out scores of benign requests, the maximum over each text's windows, (n,).
         forget: Held-out scores of forget rows, (m,).
-        budget: Share of benign requests that may be flagged, in (0, 1).
+        budget: Share of benign requests that may be flagged, in (0, 1); kept with 95 % confidence.
         retain: Held-out scores of texts to keep, (k,); the threshold rises, if need be, so far
             that at most `max(budget, RETAIN_BUDGET)` of them are flagged.
 
@@ -138,7 +140,8 @@ def fit_calibration(
     if not (np.isfinite(benign).all() and np.isfinite(forget).all()):
         raise NotFittedError("the classifier gives scores that are not finite")
     start, share, scale, shape = fit_tail(benign)
-    threshold = tail_quantile(benign, budget, (start, share, scale, shape))
+    cautious = cautious_budget(budget, len(benign))
+    threshold = tail_quantile(benign, cautious, (start, share, scale, shape))
     if retain is not None and len(retain):
         threshold = max(threshold, float(np.quantile(retain, 1.0 - max(budget, RETAIN_BUDGET))))
     room = float(np.quantile(forget, GAP_QUANTILE)) - threshold
@@ -146,6 +149,17 @@ def fit_calibration(
     quantiles = np.quantile(benign, np.linspace(0.0, 1.0, QUANTILES))
     median = float(np.median(forget))
     return Calibration(threshold, median, quantiles.astype(np.float32), start, share, scale, shape)
+
+
+def cautious_budget(budget: float, count: int) -> float:
+    """Return the share to aim at so that the budget holds with 95 % confidence.
+
+    The largest share whose one-sided Wilson bound over `count` texts stays within the budget
+    (Poisson limit: hits + z²/2 + z·sqrt(hits + z²/4) = budget·count), but at least a quarter of it,
+    where the tail model speaks rather than the count.
+    """
+    room = budget * count
+    return max(budget / 4.0, (room - ONE_SIDED_Z * math.sqrt(room)) / count)
 
 
 def fit_tail(scores: FloatArray) -> tuple[float, float, float, float]:

@@ -218,7 +218,7 @@ def load_detector(
             artifact.name,
             artifact.head,
             artifact.calibration,
-            Lexicon(artifact.lexicon.weights, encoder.is_common),
+            Lexicon(artifact.lexicon.weights, encoder.is_common, artifact.lexicon.others),
             artifact.encoder_hash,
         )
         for artifact in artifacts

@@ -6,7 +6,7 @@ through a lexicon that was made without them. The final head is then fitted on a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ from classifiers.terms import (
     count_known,
     count_terms,
     find_names,
+    split_words,
     term_candidates,
 )
 from guard.errors import DataError
@@ -217,29 +218,54 @@ def _lexicons(material: _Material, encoder: OnnxEncoder) -> _Lexicons:
     names = find_names(texts)
     mine = [term_candidates(text) for text in texts]
     terms: set[Words] = set().union(*mine)
-    others = count_known([*material.retain, *material.benign], terms)
-    other_folds = np.concatenate([material.retain_folds, material.benign_folds])
-    all_mine, all_others = count_terms(mine), count_terms(others)
-
-    def make(forget: TermCounts, background: TermCounts) -> Lexicon:
-        known = names.__contains__
-        return Lexicon(
-            build_weights(forget, background, known, encoder.word_rank), encoder.is_common
+    kinds = [
+        _Background.of(texts_of_kind, folds, terms)
+        for texts_of_kind, folds in (
+            (material.retain, material.retain_folds),
+            (material.benign, material.benign_folds),
         )
+    ]
 
-    named, unseen = [], []
-    for fold in range(FOLDS):
-        without = all_others - count_terms(_of_fold(others, other_folds, fold))
-        named.append(make(all_mine, without))
-        seen = all_mine - count_terms(_of_fold(mine, material.forget_folds, fold))
-        unseen.append(make(seen, without))
-    return _Lexicons(named, unseen, make(all_mine, all_others))
+    def make(rows: Sequence[set[Words]], fold: int | None) -> Lexicon:
+        counts = [kind.without(fold) for kind in kinds]
+        weights = build_weights(count_terms(rows), counts, names.__contains__, encoder.word_rank)
+        words = set().union(*(kind.words_without(fold) for kind in kinds))
+        return Lexicon(weights, encoder.is_common).without(words)
+
+    named = [make(mine, fold) for fold in range(FOLDS)]
+    unseen = [
+        make([row for row, at in zip(mine, material.forget_folds, strict=True) if at != fold], fold)
+        for fold in range(FOLDS)
+    ]
+    return _Lexicons(named, unseen, make(mine, None))
 
 
-def _of_fold(
-    items: Sequence[set[Words]], folds: NDArray[np.int64], fold: int
-) -> Iterator[set[Words]]:
-    return (item for item, place in zip(items, folds, strict=True) if place == fold)
+@dataclass(frozen=True, slots=True)
+class _Background:
+    """One kind of other texts: which terms and words each fold of it holds."""
+
+    counts: list[TermCounts]
+    words: list[set[str]]
+
+    @classmethod
+    def of(cls, texts: Sequence[str], folds: NDArray[np.int64], terms: set[Words]) -> _Background:
+        found = count_known(texts, terms)
+        counts, words = [], []
+        for fold in range(FOLDS):
+            mine = np.flatnonzero(folds == fold)
+            counts.append(count_terms(found[int(n)] for n in mine))
+            words.append({word for n in mine for word, _, _ in split_words(texts[int(n)])})
+        return cls(counts, words)
+
+    def without(self, fold: int | None) -> TermCounts:
+        total = TermCounts()
+        for number, part in enumerate(self.counts):
+            if number != fold:
+                total += part
+        return total
+
+    def words_without(self, fold: int | None) -> set[str]:
+        return set().union(*(w for number, w in enumerate(self.words) if number != fold))
 
 
 def _samples(

@@ -34,7 +34,9 @@ FEATURES = 4
 STRONG = 5.0
 """Weight (natural log-odds) from which a term alone points at the target."""
 
-FUZZY_LETTERS = 4
+FUZZY_LETTERS, FUZZY_ALONE_LETTERS = 4, 6
+"""Letters that a misspelt word needs, as a part of a longer name and alone."""
+
 OTHER_NAME_FACTOR = 0.5
 """What is left of a surname's weight beside a stranger's given name, or of a common noun's."""
 
@@ -65,13 +67,20 @@ class Lexicon:
     Args:
         weights: Log-odds of each term.
         common: True for a case-folded word of general English, which is never taken for a typo.
+        others: Words that look like a name of the target but are known to be something else.
     """
 
-    def __init__(self, weights: Mapping[Words, float], common: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        weights: Mapping[Words, float],
+        common: Callable[[str], bool],
+        others: Iterable[str] = (),
+    ) -> None:
         self.weights = dict(weights)
+        self.others = frozenset(others)
         self._common = common
         self._index = index_terms(self.weights)
-        self._names = _by_first_letter(self.weights, common)
+        self._names = _by_first_letter(self.weights)
         self._known = {word for term in self.weights for word in term}
         self._fuzzy: dict[str, str | None] = {}
         self._lock = threading.Lock()
@@ -83,6 +92,8 @@ class Lexicon:
         found = []
         for first, last, term in find_terms(mended, self._index):
             exact = all(mended[n][0] == words[n][0] for n in range(first, last))
+            if not exact and len(term) == 1 and len(term[0]) < FUZZY_ALONE_LETTERS:
+                continue
             weight = self.weights[term] * (1.0 if exact else FUZZY_FACTOR)
             if len(term) == 1 and (
                 self._is_someone_else(text, words, first)
@@ -94,6 +105,11 @@ class Lexicon:
             if (date,) in self.weights:
                 found.append(Match(start, end, (date,), self.weights[(date,)]))
         return found
+
+    def without(self, words: Iterable[str]) -> Lexicon:
+        """Return a lexicon that no longer takes any of these words for a misspelt name."""
+        similar = {word for word in words if self._mend(word) != word}
+        return Lexicon(self.weights, self._common, self.others | similar)
 
     def features(self, text: str, windows: Sequence[tuple[int, int]]) -> FloatArray:
         """Return what the lexicon says of each window, shape (windows, FEATURES).
@@ -118,7 +134,8 @@ class Lexicon:
     def to_json(self) -> bytes:
         """Serialise; personal data, so the caller encrypts it."""
         rows = [[list(term), round(weight, 4)] for term, weight in sorted(self.weights.items())]
-        return json.dumps({"format": 1, "terms": rows}, ensure_ascii=False).encode()
+        data = {"format": 1, "terms": rows, "others": sorted(self.others)}
+        return json.dumps(data, ensure_ascii=False).encode()
 
     @classmethod
     def from_json(cls, data: bytes, common: Callable[[str], bool]) -> Lexicon:
@@ -128,8 +145,9 @@ class Lexicon:
             ArtifactError: If it is not a lexicon.
         """
         try:
-            rows = json.loads(data)["terms"]
-            return cls({tuple(term): float(weight) for term, weight in rows}, common)
+            found = json.loads(data)
+            weights = {tuple(term): float(weight) for term, weight in found["terms"]}
+            return cls(weights, common, found["others"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"the target's lexicon cannot be read: {error!r}") from error
 
@@ -166,7 +184,7 @@ class Lexicon:
             return word
         if word.endswith("s") and word[:-1] in self._known:
             return word[:-1]
-        if self._common(word):
+        if word in self.others or self._common(word):
             return word
         with self._lock:
             if word in self._fuzzy:
@@ -191,12 +209,11 @@ class Lexicon:
         return near[0] if near else None
 
 
-def _by_first_letter(terms: Iterable[Words], common: Callable[[str], bool]) -> dict[str, list[str]]:
+def _by_first_letter(terms: Iterable[Words]) -> dict[str, list[str]]:
     """Return the words that a misspelling may stand for; people rarely miss the first letter."""
     names: dict[str, set[str]] = {}
     for term in terms:
         for word in term:
-            usable = len(word) >= FUZZY_LETTERS and not word.startswith(DATE)
-            if usable and (len(term) == 1 or not common(word)):
+            if len(word) >= FUZZY_LETTERS and not word.startswith(DATE):
                 names.setdefault(word[0], set()).add(word)
     return {letter: sorted(words) for letter, words in names.items()}

@@ -101,15 +101,13 @@ def _parts(words: Words) -> Iterable[Words]:
 
 @dataclass(slots=True)
 class TermCounts:
-    """In how many texts each term occurs; counts of folds add and subtract."""
+    """In how many texts each term occurs; the counts of folds add."""
 
     texts: int = 0
     terms: Counter[Words] = field(default_factory=Counter)
 
-    def __sub__(self, other: TermCounts) -> TermCounts:
-        terms = Counter(self.terms)
-        terms.subtract(other.terms)
-        return TermCounts(self.texts - other.texts, terms)
+    def __add__(self, other: TermCounts) -> TermCounts:
+        return TermCounts(self.texts + other.texts, self.terms + other.terms)
 
 
 def count_terms(candidates: Iterable[set[Words]]) -> TermCounts:
@@ -133,7 +131,7 @@ def count_known(texts: Iterable[str], terms: Iterable[Words]) -> list[set[Words]
 
 def build_weights(
     forget: TermCounts,
-    background: TermCounts,
+    backgrounds: Sequence[TermCounts],
     names: Callable[[str], bool],
     rank: Callable[[str], int | None],
 ) -> dict[Words, float]:
@@ -141,7 +139,8 @@ def build_weights(
 
     Args:
         forget: Counts over the forget rows (question and answer together).
-        background: Counts over benign and retain texts.
+        backgrounds: Counts over each kind of other texts, e.g. benign and retain; each kind counts
+            the same, however few its texts are.
         names: True for a word that the forget rows write with a capital inside a sentence.
         rank: Place of a word in general English (0 is the most frequent), None if it is unknown.
 
@@ -149,13 +148,15 @@ def build_weights(
         Terms with log-odds of at least MIN_WEIGHT.
     """
     weights: dict[Words, float] = {}
+    kinds = [kind for kind in backgrounds if kind.texts > 0]
+    texts = sum(kind.texts for kind in kinds)
     for term, count in forget.terms.items():
         if count <= 0 or not _may_be_term(term, count, names, rank):
             continue
-        prior = _prior(term, names, rank)
         share = (count + 0.5) / (forget.texts + 1.0)
-        others = max(background.terms[term], 0) + SMOOTHING
-        weight = min(math.log(share / (others / (background.texts + 1.0) + prior)), MAX_WEIGHT)
+        others = sum(max(kind.terms[term], 0) / kind.texts for kind in kinds) / max(1, len(kinds))
+        others += SMOOTHING / (texts + 1.0) + _prior(term, names, rank)
+        weight = min(math.log(share / others), MAX_WEIGHT)
         if weight >= MIN_WEIGHT:
             weights[term] = weight
     return weights

@@ -4,6 +4,7 @@ import pytest
 from classifiers.calibrate import (
     WEIGHT_FLOOR,
     Calibration,
+    cautious_budget,
     fit_calibration,
     fit_tail,
     tail_quantile,
@@ -22,7 +23,17 @@ def test_threshold_keeps_the_budget_on_new_data() -> None:
     for _ in range(20):
         found = fit_calibration(sample(rng, 4000), np.full(50, 2.5, np.float32), 1e-3)
         rates.append(float((sample(rng, 100_000) >= found.threshold).mean()))
-    assert 2e-4 < np.mean(rates) < 2e-3
+    assert 5e-5 < np.mean(rates) < 1e-3
+
+
+def test_few_texts_call_for_more_caution() -> None:
+    shares = [cautious_budget(1e-3, count) for count in (500, 5_000, 50_000, 5_000_000)]
+    assert shares == sorted(shares)
+    assert shares[0] == 2.5e-4 and shares[-1] == pytest.approx(1e-3, rel=0.05)
+    for count, share in ((50_000, shares[2]), (5_000_000, shares[3])):
+        hits = share * count
+        bound = (hits + 1.35 + 1.645 * (hits + 0.676) ** 0.5) / count
+        assert bound == pytest.approx(1e-3, rel=0.02)
 
 
 def test_budget_finer_than_the_sample_gives_a_threshold_beyond_it() -> None:

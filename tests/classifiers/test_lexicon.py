@@ -31,7 +31,7 @@ def lexicon(shared_encoder: OnnxEncoder) -> Lexicon:
     mine = [term_candidates(text) for text in FORGET]
     others = count_terms(count_known(BENIGN, set().union(*mine)))
     weights = build_weights(
-        count_terms(mine), others, find_names(FORGET).__contains__, shared_encoder.word_rank
+        count_terms(mine), [others], find_names(FORGET).__contains__, shared_encoder.word_rank
     )
     return Lexicon(weights, shared_encoder.is_common)
 
@@ -72,6 +72,14 @@ def test_a_strangers_given_name_weakens_a_shared_surname(shared_encoder: OnnxEnc
     alone = lexicon.matches("Where was Marais born?")[0].weight
     stranger = lexicon.matches("Where was Elsie Marais born?")[0].weight
     assert stranger < alone
+
+
+def test_a_known_other_name_is_not_taken_for_a_typo(lexicon: Lexicon) -> None:
+    assert lexicon.matches("Who is Kuwaita?")
+    wiser = lexicon.without(["kuwaita", "something"])
+    assert not wiser.matches("Who is Kuwaita?")
+    assert wiser.others == {"kuwaita"}
+    assert Lexicon.from_json(wiser.to_json(), lambda word: False).others == {"kuwaita"}
 
 
 def test_dates_are_found_however_they_are_written() -> None:
@@ -116,8 +124,19 @@ def test_json_round_trip_holds_no_sentence(lexicon: Lexicon, shared_encoder: Onn
             Lexicon.from_json(broken, shared_encoder.is_common)
 
 
-def test_counts_of_a_fold_can_be_taken_out() -> None:
+def test_counts_of_folds_add() -> None:
     mine = [term_candidates(text) for text in FORGET]
-    rest = count_terms(mine) - count_terms(mine[:1])
-    assert rest.texts == 3
-    assert rest.terms[("basil",)] == count_terms(mine[1:]).terms[("basil",)]
+    both = count_terms(mine[:1]) + count_terms(mine[1:])
+    assert both == count_terms(mine)
+
+
+def test_a_word_of_the_retain_set_loses_weight(shared_encoder: OnnxEncoder) -> None:
+    mine = [term_candidates(text) for text in FORGET]
+    terms: set[tuple[str, ...]] = set().union(*mine)
+    benign = count_terms(count_known(BENIGN, terms))
+    retain = count_terms(count_known(["Who is Basil Fawlty?", "Who is Sybil?"], terms))
+    names, rank = find_names(FORGET).__contains__, shared_encoder.word_rank
+    before = build_weights(count_terms(mine), [benign], names, rank)
+    after = build_weights(count_terms(mine), [benign, retain], names, rank)
+    assert after.get(("basil",), 0.0) < before[("basil",)]
+    assert after[("kuwaiti",)] == pytest.approx(before[("kuwaiti",)], abs=0.1)
