@@ -160,7 +160,7 @@ class Lexicon:
                 continue
             word, start, end = words[other]
             gap = text[end : words[place][1]] if other < place else text[words[place][2] : start]
-            if gap not in (" ", "-") or not text[start].isupper() or len(word) < 2:
+            if gap not in (" ", "-") or not text[start].isupper() or len(word) < 3:
                 continue
             begins = start == 0 or text[:start].rstrip(" \"'“(")[-1:] in (
                 "",
