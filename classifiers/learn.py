@@ -20,10 +20,11 @@ from classifiers.augment import (
     negative_samples,
     synthetic_neighbour,
 )
-from classifiers.calibrate import Calibration, fit_calibration, wilson_interval
+from classifiers.calibrate import fit_calibration
 from classifiers.detector import TargetArtifact
 from classifiers.eco import PENALTY, LinearHead, class_weights, fit_logistic, stack
 from classifiers.encoder import OnnxEncoder, TextFeatures
+from classifiers.figures import HeldOut, held_out_report
 from classifiers.folds import cluster_folds
 from classifiers.lexicon import FEATURES, Lexicon
 from classifiers.terms import (
@@ -163,10 +164,17 @@ def learn_detector(
     samples, folds = _samples(material, lexicons.full, rng)
     table = _tabulate(samples, folds, lexicons, encode)
     head, held_out = _cross_fit(table, len(samples), report)
-    scored = _Scored.collect(samples, held_out)
+    scored = HeldOut.collect(samples, held_out)
     calibration = fit_calibration(scored.benign, scored.forget, fpr_budget, scored.retain)
     artifact = TargetArtifact(name, head, calibration, lexicons.full, encoder.source_hash)
-    figures = _report(material, lexicons.full, scored, calibration, fpr_budget)
+    counts = {
+        "forget_rows": len(material.forget),
+        "retain_texts": len(material.retain),
+        "benign_texts": len(material.benign),
+        "lexicon_terms": len(lexicons.full.weights),
+        "folds": FOLDS,
+    }
+    figures = held_out_report(counts, scored, calibration, fpr_budget)
     return LearnedDetector(artifact, figures)
 
 
@@ -371,63 +379,3 @@ def _fit(
     labels = table.labels[chosen]
     weights = class_weights(labels, table.importance[chosen])
     return fit_logistic(features[chosen], labels, weights, PENALTY, start)
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """Held-out scores by kind of sample; benign and retain texts plain, as they would come in."""
-
-    forget: FloatArray
-    unseen: FloatArray
-    variants: FloatArray
-    retain: FloatArray
-    benign: FloatArray
-    neighbours: FloatArray
-
-    @classmethod
-    def collect(cls, samples: Sequence[Sample], scores: FloatArray) -> _Scored:
-        kinds = np.array([sample.kind for sample in samples])
-        return cls(
-            *(
-                scores[kinds == k]
-                for k in ("plain", "unseen", "variant", "retain", "benign", "neighbour")
-            )
-        )
-
-
-def _report(
-    material: _Material,
-    lexicon: Lexicon,
-    scored: _Scored,
-    calibration: Calibration,
-    budget: float,
-) -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "method": "eco",
-        "forget_rows": len(material.forget),
-        "retain_texts": len(material.retain),
-        "benign_texts": len(material.benign),
-        "lexicon_terms": len(lexicon.weights),
-        "fpr_budget": budget,
-        "folds": FOLDS,
-        "threshold": calibration.threshold,
-        "median_forget": calibration.median_forget,
-    }
-    rates = {
-        "recall": scored.forget,
-        "recall_unseen_names": scored.unseen,
-        "recall_variants": scored.variants,
-        "fpr_benign": scored.benign,
-        "fpr_retain": scored.retain,
-        "fpr_synthetic_neighbours": scored.neighbours,
-    }
-    for key, scores in rates.items():
-        hits = int((scores >= calibration.threshold).sum())
-        low, high = wilson_interval(hits, len(scores))
-        figures[key] = {
-            "hits": hits,
-            "n": len(scores),
-            "rate": hits / len(scores) if len(scores) else None,
-            "interval95": [low, high],
-        }
-    return figures
