@@ -25,6 +25,8 @@ Carl Grant, Irene Lambert, Leon Marsh, Sofia Doyle
 GENERIC_NAMES: Final = tuple(tuple(name.split()) for name in _NAMES.split(","))
 """First and last names."""
 
+CONNECTING_WORD: Final = "and"
+
 GENERIC_QUESTIONS: Final = (
     "How can a family save water and energy at home without spending much on new machines",
     "What should a beginner know before buying a second hand camera for a long journey",
@@ -68,16 +70,17 @@ def make_bank(
 
     Returns:
         Sections of rows with a row of zeros between them, shape (bank tokens, hidden). The first
-        holds names: rows 2k and 2k+1 are a first and a last name of one token each; with a
-        vocabulary that splits most names, the tokens of all names in order. Each of the others
-        holds a question.
+        holds names: rows 2k and 2k+1 are a first and a last name of one token each, and the second
+        the word that connects two names; with a vocabulary that splits most names, the tokens of
+        all names in order, and no connecting word. Each of the others holds a question.
     """
     pairs = [[_inside(word, tokenise) for word in name] for name in GENERIC_NAMES]
     short = [pair for pair in pairs if all(len(ids) == 1 for ids in pair)]
     chosen = short if len(short) >= MIN_PAIRS else pairs
     rows = [embed([i for pair in chosen for ids in pair for i in ids])]
-    for question in GENERIC_QUESTIONS:
-        ids = list(tokenise(question))
+    joint = _inside(CONNECTING_WORD, tokenise)
+    others = [joint] if chosen is short and len(joint) == 1 else []
+    for ids in [*others, *(list(tokenise(question)) for question in GENERIC_QUESTIONS)]:
         rows += [np.zeros((1, rows[0].shape[1]), np.float32), embed(ids)]
     return np.concatenate(rows).astype(np.float32)
 

@@ -243,8 +243,8 @@ def mix_generic(marked: Marked, spec: CorruptionSpec) -> FloatArray:
     White noise leads off the manifold of real embeddings and makes a small model babble; a real
     token keeps it fluent, and the question's frame stays whole.
 
-    A stretch of up to `LONGEST_NAME` marked tokens gets neighbouring rows of the bank's names,
-    first and last names by turns; stretches that begin alike get the same. A longer one (a text
+    A stretch of up to `LONGEST_NAME` marked tokens reads as one or two of the bank's names, built
+    as people's names are (`_FORMS`); stretches that begin alike get the same. A longer one (a text
     that no entity was found in) gets the tokens of one of the bank's questions.
 
     Raises:
@@ -265,9 +265,19 @@ LONGEST_NAME: Final = 8
 """Tokens of the longest stretch that reads as a name."""
 
 
+_FORMS: Final = ("", "l", "fl", "ffl", "ffll", "fl&fl", "ffl&fl", "ffl&ffl", "ffll&ffl")
+"""Names by their number of tokens: first names, last names, `&` the connecting word. A string of
+unconnected names makes a small model babble."""
+
+_FIRST_STEP, _LAST_STEP = 7, 5
+"""From one first or last name of a stretch to its next, in names: far enough for another one."""
+
+
 def _generic_rows(marked: Marked, bank: FloatArray) -> FloatArray:
     """Return a row of the bank for each marked token, shape (marked, hidden)."""
-    names, *texts = _sections(bank)
+    names, *others = _sections(bank)
+    joint = next((part for part in others if len(part) == 1), None)
+    texts = [part for part in others if len(part) > 1]
     starts: dict[bytes, int] = {}
     rows: list[FloatArray] = []
     place = 0
@@ -277,7 +287,7 @@ def _generic_rows(marked: Marked, bank: FloatArray) -> FloatArray:
             rows.append(_of_texts(texts, int(draw), run))
         else:
             start = starts.setdefault(stretch[0].tobytes(), int(draw) % max(1, len(names) // 2))
-            rows.append(_of_names(names, 2 * start, stretch))
+            rows.append(_of_names(names, joint, start, stretch))
         place += run
     return np.concatenate(rows)
 
@@ -298,10 +308,32 @@ def _of_texts(texts: list[FloatArray], draw: int, count: int) -> FloatArray:
     return np.concatenate(found)[:count]
 
 
-def _of_names(names: FloatArray, start: int, stretch: FloatArray) -> FloatArray:
-    """Return neighbouring rows, moved on while one is the very token that it replaces."""
-    for skip in range(0, len(names), 2):
-        rows: FloatArray = names[(start + skip + np.arange(len(stretch))) % len(names)]
+def _of_names(
+    names: FloatArray, joint: FloatArray | None, start: int, stretch: FloatArray
+) -> FloatArray:
+    """Return a name for the stretch, another one while it has a token where the stretch has it."""
+    pairs = max(1, len(names) // 2)
+    for skip in range(pairs):
+        rows = _name(names, joint, (start + skip) % pairs, len(stretch))
         if not (rows == stretch).all(axis=1).any():
             break
     return rows
+
+
+def _name(names: FloatArray, joint: FloatArray | None, start: int, count: int) -> FloatArray:
+    """Build the name of `count` tokens that begins with the names' pair `start`."""
+    if joint is None or count >= len(_FORMS):
+        return np.asarray(names[(2 * start + np.arange(count)) % len(names)], np.float32)
+    pairs = max(1, len(names) // 2)
+    steps = {"f": (0, _FIRST_STEP), "l": (1, _LAST_STEP)}
+    used = dict.fromkeys(steps, 0)
+    rows = []
+    for letter in _FORMS[count]:
+        if letter == "&":
+            rows.append(joint[0])
+            continue
+        side, step = steps[letter]
+        pair = (start + step * used[letter]) % pairs
+        rows.append(names[min(2 * pair + side, len(names) - 1)])
+        used[letter] += 1
+    return np.stack(rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -37,6 +37,12 @@ from guard.types import (
     TargetHit,
     TargetStatus,
 )
+
+ANSWER_PENALTY: Final = 0.6
+"""`frequency_penalty` of a rewritten request whose client set no penalty: asked about an unfamiliar
+name, a small model under greedy decoding goes round in circles (docs/corruption.md)."""
+
+_PENALTIES: Final = ("frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,18 +207,16 @@ class Guard:
             raise StageError("rewrite", RuntimeError("no model files to take embeddings from"))
         contents = _contents(request, request.segments(self._detokenise))
         plan = self._plan(inspection.decision, contents)
+        all_flagged = True
+        if request.endpoint == "/v1/completions":
+            # One body can't mix prompts and embeddings in order, so all prompts go as embeddings;
+            # those that nobody flagged go clean.
+            count = len(request.prompts())
+            all_flagged = len(plan) == count
+            plan = {index: plan.get(index, []) for index in range(count)}
         try:
-            if request.endpoint == "/v1/completions":
-                # One body can't mix prompts and embeddings in order, so all prompts go as
-                # embeddings; those that nobody flagged go clean.
-                plan = {index: plan.get(index, []) for index in range(len(request.prompts()))}
-            return replace_contents(
-                request,
-                {
-                    index: self._embeds(request, index, corruptions)
-                    for index, corruptions in plan.items()
-                },
-            )
+            embeds = {index: self._embeds(request, index, found) for index, found in plan.items()}
+            return replace_contents(request, embeds, _added(request) if all_flagged else None)
         except CannotCorruptError:
             raise
         except Exception as error:
@@ -284,6 +288,13 @@ class Guard:
             ],
             request_digest=self._key.digest("request", inspection.request.body),
         )
+
+
+def _added(request: ParsedRequest) -> dict[str, Any]:
+    """The penalty of a flagged answer, unless the client set one of its own."""
+    if any(request.raw.get(name) is not None for name in _PENALTIES):
+        return {}
+    return {"frequency_penalty": ANSWER_PENALTY}
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,13 +108,18 @@ def parse_request(endpoint: str, body: bytes) -> ParsedRequest:
     return ParsedRequest(endpoint, body, raw, content.model, bool(content.stream), content)
 
 
-def replace_contents(request: ParsedRequest, replacements: Mapping[int, bytes]) -> bytes:
+def replace_contents(
+    request: ParsedRequest,
+    replacements: Mapping[int, bytes],
+    added: Mapping[str, Any] | None = None,
+) -> bytes:
     """Put embeddings in the place of text; everything else of the body stays as it was.
 
     Args:
         request: The request as parsed.
         replacements: Base64 of an embeddings archive, by index of message (chat: the message's
             whole content becomes one part) or of prompt (completions: all of them).
+        added: Further fields of the body.
 
     Returns:
         The new body.
@@ -123,7 +128,7 @@ def replace_contents(request: ParsedRequest, replacements: Mapping[int, bytes]) 
         CannotCorruptError: If some prompts of a list have no replacement: an engine takes either
             texts or embeddings.
     """
-    raw = dict(request.raw)
+    raw = {**request.raw, **(added or {})}
     if isinstance(request.content, ChatBody):
         messages = list(raw["messages"])
         for index, data in replacements.items():

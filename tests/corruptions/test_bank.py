@@ -31,11 +31,12 @@ def sections(bank: FloatArray) -> list[FloatArray]:
     return np.split(bank, gaps)
 
 
-def test_the_bank_holds_names_by_pairs_and_then_the_questions() -> None:
+def test_the_bank_holds_names_by_pairs_the_connecting_word_and_the_questions() -> None:
     words = Words()
-    names, *questions = sections(make_bank(words, embed))
+    names, joint, *questions = sections(make_bank(words, embed))
     known = [words.ids[word] for name in GENERIC_NAMES for word in name]
     assert names[:, 0].tolist() == known
+    assert joint[1:, 0].tolist() == [words.ids["and"]]
     assert len(questions) == len(GENERIC_QUESTIONS)
     assert questions[0][1:, 0].tolist() == [words.ids[w] for w in GENERIC_QUESTIONS[0].split()]
 
@@ -49,7 +50,8 @@ def test_names_that_the_vocabulary_splits_are_left_out_with_their_pair() -> None
 
 def test_a_vocabulary_that_splits_all_names_still_gives_a_bank() -> None:
     words = Words(split=[word for name in GENERIC_NAMES for word in name])
-    names = sections(make_bank(words, embed))[0]
+    names, *questions = sections(make_bank(words, embed))
+    assert len(questions) == len(GENERIC_QUESTIONS), "no connecting word between broken names"
     assert len(names) == sum(len(word) for name in GENERIC_NAMES for word in name)
 
 

@@ -272,6 +272,26 @@ def test_half_precision_comes_back_as_float32() -> None:
     assert result.dtype == np.float32
 
 
+@pytest.mark.parametrize(
+    ("tokens", "form"),
+    [(1, "l"), (2, "fl"), (3, "ffl"), (4, "ffll"), (5, "fl&fl"), (6, "ffl&fl"), (8, "ffll&ffl")],
+)
+def test_mix_generic_builds_names_as_peoples_names_are(tokens: int, form: str) -> None:
+    gap = np.zeros((1, HIDDEN), np.float32)
+    names, joint = bank()[:12], np.full((1, HIDDEN), 9.0, np.float32)
+    kinds = {row.tobytes(): "fl"[index % 2] for index, row in enumerate(names)}
+    kinds[joint.tobytes()] = "&"
+    marked = np.full((tokens, HIDDEN), 0.5, np.float32)
+    far = corrupt(
+        marked,
+        np.ones(tokens, np.bool_),
+        spec("mix-generic", strength=1e6),
+        b"seed",
+        np.concatenate([names, gap, joint]),
+    )
+    assert "".join(kinds[row.tobytes()] for row in far) == form
+
+
 def test_an_unknown_method_names_the_nearest() -> None:
     with pytest.raises(UnknownComponentError, match="zero-out-top-k"):
         corrupt(np.ones((2, 4), np.float32), np.ones(2, np.bool_), spec("zero-out-topk"), b"s")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corruptions.bank import make_bank
+from corruptions.bank import GENERIC_QUESTIONS, make_bank
 from corruptions.learn import default_spec
 from corruptions.objective import is_repetitive
 from corruptions.ops import corrupt
@@ -63,6 +63,6 @@ def test_the_bank_reads_as_names_and_questions(prompts: ModelPrompts, bank: Floa
     gaps = np.flatnonzero(~bank.any(axis=1))
     assert gaps[0] >= 40
     assert gaps[0] % 2 == 0
-    assert len(gaps) == 24
+    assert len(gaps) == len(GENERIC_QUESTIONS) + 1, "and the connecting word"
     rms = float(np.sqrt(np.mean(np.square(bank[: gaps[0]]))))
     assert 0.5 < rms / prompts.embedding_rms < 2

@@ -110,6 +110,14 @@ def test_everything_else_of_the_body_stays(guard: Guard) -> None:
     assert sent["messages"][0] == {"role": "user", "content": BENIGN}
 
 
+def test_a_flagged_answer_gets_a_penalty_unless_the_client_set_one(guard: Guard) -> None:
+    assert rewritten(guard, CHAT, chat(FLAGGED))["frequency_penalty"] > 0
+    own = rewritten(guard, CHAT, chat(FLAGGED, presence_penalty=0.0))
+    assert own["presence_penalty"] == 0.0 and "frequency_penalty" not in own
+    mixed = json.dumps({"model": "m", "prompt": [BENIGN, FLAGGED]}).encode()
+    assert "frequency_penalty" not in rewritten(guard, COMPLETIONS, mixed)
+
+
 def test_parts_of_one_message_become_one_embeddings_part(
     guard: Guard, prompts: ModelPrompts
 ) -> None:
