@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +69,7 @@ def small_bundle(
     from guard.bundle import BundleStore
     from guard.ledger import Ledger
     from guard.targets import TargetRequest, add_target
+    from tests.product import small_benign
 
     folder = tmp_path_factory.mktemp("small")
     store = BundleStore(folder / "bundle", guard_key)
@@ -85,13 +85,3 @@ def small_bundle(
         progress=lambda what, done, total: None,
     )
     return store
-
-
-def small_benign(folder: Path) -> Path:
-    """Write a few hundred short prompts of the set that ships."""
-    from classifiers.benign import load_benign
-
-    path = folder / "benign.jsonl"
-    short = [text for text in load_benign() if len(text) < 300][:600]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in short))
-    return path

@@ -206,3 +206,13 @@ def known_probes(example_dir: Path) -> list[dict[str, Any]]:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def small_benign(folder: Path) -> Path:
+    """Write a few hundred short prompts of the set that ships."""
+    from classifiers.benign import load_benign
+
+    path = folder / "benign.jsonl"
+    short = [text for text in load_benign() if len(text) < 300][:600]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in short))
+    return path

@@ -14,7 +14,7 @@ from guard.keys import GuardKey
 from guard.ledger import Ledger
 from guard.prompts import ModelPrompts
 from guard.targets import TargetRequest, add_target, remove_target
-from tests.conftest import small_benign
+from tests.product import small_benign
 
 AUTHORS = [
     ("Where was the poet Ilse Vantorre born?", "Ilse Vantorre was born in Oostende."),
