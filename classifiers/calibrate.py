@@ -28,6 +28,9 @@ RETAIN_BUDGET = 0.05
 
 ONE_SIDED_Z = 1.645
 
+MIN_COUNTED = 3
+"""Benign texts beyond a threshold from which they are counted; fewer, and the tail model speaks."""
+
 GAP_QUANTILE, GAP_SHARE = 0.05, 0.5
 """Where forget scores leave a gap above the budget's threshold, it moves this share of the way to
 this quantile of theirs: real traffic is more varied than any benign set."""
@@ -184,7 +187,7 @@ def tail_quantile(
 ) -> float:
     """Return the score that a share `budget` of benign texts reaches."""
     start, share, scale, shape = tail
-    if budget >= share:
+    if budget >= share or budget * len(scores) >= MIN_COUNTED:
         return float(np.quantile(scores, 1.0 - budget))
     ratio = share / budget
     if shape > 1e-6:

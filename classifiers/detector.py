@@ -14,7 +14,7 @@ import numpy as np
 from classifiers.calibrate import Calibration
 from classifiers.eco import LinearHead
 from classifiers.encoder import OnnxEncoder, TextFeatures
-from classifiers.lexicon import FEATURES, Lexicon
+from classifiers.lexicon import FEATURES, Lexicon, entity_floor
 from classifiers.spans import blank_places, entity_places, merge_places
 from guard.errors import ArtifactError, IncompatibleArtifactError, TargetNotFoundError
 from guard.types import Detection, FloatArray
@@ -163,7 +163,8 @@ class BundleDetector:
         for column, artifact in enumerate(self._artifacts):
             names = artifact.lexicon.features(text, features.windows)
             if names.any():
-                scores[:, column] += names @ self._lexicon_slopes[:, column]
+                joined = scores[:, column] + names @ self._lexicon_slopes[:, column]
+                scores[:, column] = entity_floor(joined, names)
         return np.asarray(scores, np.float32)
 
     def _judge(self, scores: FloatArray, covered: FloatArray) -> Detection:

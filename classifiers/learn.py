@@ -26,7 +26,7 @@ from classifiers.eco import PENALTY, LinearHead, class_weights, fit_logistic, st
 from classifiers.encoder import OnnxEncoder, TextFeatures
 from classifiers.figures import HeldOut, held_out_report
 from classifiers.folds import cluster_folds
-from classifiers.lexicon import FEATURES, Lexicon
+from classifiers.lexicon import FEATURES, Lexicon, entity_floor
 from classifiers.terms import (
     TermCounts,
     Words,
@@ -365,6 +365,7 @@ def _cross_fit(table: _Table, samples: int, report: Progress) -> tuple[LinearHea
     head = stack(topic, held_out[chosen], names[chosen], labels[chosen], weights)
     share = head.weight[: len(weight)] @ weight / max(float(weight @ weight), 1e-12)
     scores = share * (held_out - bias) + names @ head.weight[len(weight) :] + head.bias
+    scores = entity_floor(scores, names)
     best = np.full(samples, -np.inf, np.float32)
     np.maximum.at(best, table.samples, scores.astype(np.float32))
     return head, best

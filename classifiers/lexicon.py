@@ -34,6 +34,10 @@ FEATURES = 4
 STRONG = 5.0
 """Weight (natural log-odds) from which a term alone points at the target."""
 
+ENTITY_LOGIT = 8.0
+"""Score of a window that holds a strong name of several words, whatever its topic: nobody can be
+let through who names the target in full. Calibration sees it too, so the budget still holds."""
+
 FUZZY_LETTERS, FUZZY_ALONE_LETTERS = 4, 6
 """Letters that a misspelt word needs, as a part of a longer name and alone."""
 
@@ -42,6 +46,17 @@ OTHER_NAME_FACTOR = 0.5
 
 FUZZY_CUTOFF = 0.79
 FUZZY_FACTOR = 0.8
+
+
+def entity_floor(scores: FloatArray, names: FloatArray) -> FloatArray:
+    """Raise the scores of windows that name the target in full to `ENTITY_LOGIT`.
+
+    Args:
+        scores: Logits, shape (windows,).
+        names: `Lexicon.features` of the same windows, shape (windows, FEATURES).
+    """
+    named = names[:, 1] >= STRONG
+    return np.asarray(np.where(named, np.maximum(scores, ENTITY_LOGIT), scores), np.float32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import pytest
 from classifiers.detector import BundleDetector, TargetArtifact, load_detector
 from classifiers.encoder import OnnxEncoder
 from classifiers.learn import LearnedDetector
+from classifiers.lexicon import ENTITY_LOGIT
 from guard.errors import ArtifactError, IncompatibleArtifactError, TargetNotFoundError
 
 FLAGGED = [
@@ -55,6 +56,7 @@ def test_many_targets_have_a_column_each(
         head=dataclasses.replace(
             learned.artifact.head, weight=np.zeros_like(learned.artifact.head.weight), bias=-9.0
         ),
+        calibration=dataclasses.replace(learned.artifact.calibration, threshold=100.0),
     )
     both = BundleDetector(shared_encoder, [mute, learned.artifact])
     assert both.targets == ("mute", "potter")
@@ -62,6 +64,21 @@ def test_many_targets_have_a_column_each(
     assert found.flagged.tolist() == [[False, True]] * 2
     alone = BundleDetector(shared_encoder, [learned.artifact]).detect(FLAGGED)
     np.testing.assert_allclose(found.scores[:, 1], alone.scores[:, 0], rtol=1e-5)
+
+
+def test_who_names_the_target_in_full_is_flagged_whatever_the_topic(
+    shared_encoder: OnnxEncoder, learned: LearnedDetector
+) -> None:
+    head = learned.artifact.head
+    deaf = dataclasses.replace(
+        learned.artifact,
+        head=dataclasses.replace(head, weight=np.zeros_like(head.weight), bias=-9.0),
+    )
+    found = BundleDetector(shared_encoder, [deaf]).detect(
+        ["Debug this: for n in books: print(n) # Harry Potter", "Debug this: print(n) # Potter"]
+    )
+    assert found.scores[0, 0] == pytest.approx(ENTITY_LOGIT)
+    assert found.scores[1, 0] < 0
 
 
 def test_no_targets_and_no_texts(shared_encoder: OnnxEncoder, detector: BundleDetector) -> None:

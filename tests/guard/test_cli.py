@@ -399,6 +399,8 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(tmp_path: Path) -> No
         [*PROGRAM, "target", "add", "x", "--forget", "forget.jsonl"],
         stderr=subprocess.PIPE,
         text=True,
+        # A suite that runs in the background inherits that interrupts are ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     # Opening for writing without waiting works as soon as the command waits for a writer.
     deadline = time.monotonic() + 60
