@@ -99,7 +99,7 @@ class Settings(BaseSettings):
     metrics_key: SecretStr | None = None
     forward_authorization: bool = False
     on_error: Literal["refuse", "pass"] = "refuse"
-    max_body_bytes: Annotated[int, Field(ge=1_000)] = 10_000_000
+    max_body_bytes: Annotated[int, Field(ge=1_000)] = 2_000_000
     body_timeout_s: Seconds = 60.0
     decide_timeout_s: Seconds = 60.0
     engine_timeout_s: Seconds = 600.0

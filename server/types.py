@@ -64,7 +64,7 @@ class ServerOptions:
     metrics_key: str | None = None
     on_error: Literal["refuse", "pass"] = "refuse"
     forward_authorization: bool = False
-    max_body_bytes: int = 10_000_000
+    max_body_bytes: int = 2_000_000
     body_timeout_s: float = 60.0
     workers: int = 2
     max_waiting: int = 128
