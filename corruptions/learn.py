@@ -47,6 +47,11 @@ MARGIN: Final = 2.0
 """Factor on the smallest strength that reaches the target: noise differs between prompts, and the
 mean over rows hides the one whose entity is still half readable."""
 
+LEAST_STRENGTH_RMS: Final = {"mix-generic": 1.5}
+"""Least strength to choose, by method, in multiples of the RMS: short of the way to the generic
+token, a token is still partly itself, and likelihood over a few rows does not show it (the search
+once stopped at 0.56, where 2 of 13 answers held the fact)."""
+
 MAX_SPEECHES: Final = 3
 """Candidates whose answers are generated; each costs seconds."""
 
@@ -113,6 +118,7 @@ def learn_strength(
     seed: int,
     retained_value: float | None = None,
     generic_prompt: Callable[[str], Prompt] | None = None,
+    least_rms: float = 0.0,
     max_evaluations: int = 15,
     progress: Progress | None = None,
 ) -> LearnedStrength:
@@ -132,6 +138,7 @@ def learn_strength(
         retained_value: v_r measured on a retained model; None takes the surrogate.
         generic_prompt: Makes the surrogate's prompt: the question about another entity
             (`corruptions.bank.swap_entities`). None takes unrelated questions, a lower bound.
+        least_rms: Strengths below this multiple of the RMS are evaluated but not chosen.
         max_evaluations: Evaluations in all, at least 4.
         progress: Told after every evaluation.
 
@@ -159,7 +166,8 @@ def learn_strength(
         return _result(meter, surrogate, None, [note], knows=False)
     _search(meter)
     floor = FluencyFloor(engine, [question for question, _ in rows[:SPEECH_ROWS]], other)
-    chosen, notes = _choose(meter, floor)
+    least = math.log10(least_rms) if least_rms > 0 else LOG_RANGE[0]
+    chosen, notes = _choose(meter, floor, least)
     if meter.goal > (meter.clean_value + meter.target) / 2:
         notes.append(_FAR.format(meter.goal, meter.clean_value, meter.target))
     return _result(meter, surrogate, chosen, notes, knows=True)
@@ -295,10 +303,10 @@ def _two_point(meter: _Meter, log: float) -> None:
         meter.at(log + min(max(step, -3 * TWO_POINT_STEP), 3 * TWO_POINT_STEP))
 
 
-def _choose(meter: _Meter, floor: FluencyFloor) -> tuple[float | None, list[str]]:
+def _choose(meter: _Meter, floor: FluencyFloor, least: float) -> tuple[float | None, list[str]]:
     """Return log10 of the best strength whose answers pass the floor, and notes."""
     notes: list[str] = []
-    for log in _candidates(meter)[:MAX_SPEECHES]:
+    for log in _candidates(meter, least)[:MAX_SPEECHES]:
         strength = meter.rms * 10.0**log
         wrong = floor.breaks(floor.speech(partial(_at_strength, meter.corrupt, strength)))
         if wrong is None:
@@ -313,17 +321,19 @@ def _at_strength(
     return corrupt_prompt(question, strength)
 
 
-def _candidates(meter: _Meter) -> list[float]:
-    """Return strengths in the order in which to try them."""
-    within = sorted(log for log, trial in meter.trials.items() if meter.near(trial))
+def _candidates(meter: _Meter, least: float) -> list[float]:
+    """Return strengths in the order in which to try them; none is below `least` (log10)."""
+    within = sorted(log for log, trial in meter.trials.items() if trial.loss <= meter.tolerance)
     if not within:
         within = sorted(meter.trials, key=lambda log: (meter.trials[log].loss, log))
-    roomier = round(min(within[0] + math.log10(MARGIN), LOG_RANGE[1]), 6)
+    wanted = max(within[0] + math.log10(MARGIN), least)
+    roomier = round(min(wanted, LOG_RANGE[1]), 6)
+    enough = [log for log in within if log >= least]
     if meter.left < 1 and roomier not in meter.trials:
-        return within
-    if meter.at(roomier).loss > meter.trials[within[0]].loss + meter.tolerance:
-        return within
-    return [roomier, *(log for log in within if log != roomier)]
+        return enough
+    if meter.at(roomier).loss > max(meter.tolerance, meter.trials[within[0]].loss):
+        return enough
+    return [roomier, *(log for log in enough if log != roomier)]
 
 
 def _result(

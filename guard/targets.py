@@ -198,7 +198,7 @@ def _learn_corruption(
     progress: Progress,
 ) -> tuple[dict[str, Any], list[str]]:
     """Search the strength on the rows that have an answer, or keep the documented default."""
-    from corruptions.learn import default_spec, learn_strength
+    from corruptions.learn import LEAST_STRENGTH_RMS, default_spec, learn_strength
 
     spec = default_spec(prompter.prompts.hidden_size, prompter.prompts.embedding_rms)
     answered = [row for row in rows if row.answer is not None]
@@ -216,6 +216,7 @@ def _learn_corruption(
         rms=prompter.prompts.embedding_rms,
         seed=request.seed,
         generic_prompt=prompter.generic_prompt,
+        least_rms=LEAST_STRENGTH_RMS.get(spec.method, 0.0),
         progress=progress,
     )
     spec = replace(spec, strength=learned.strength)

@@ -156,6 +156,14 @@ def test_of_two_strengths_that_reach_the_target_it_takes_the_smaller() -> None:
     assert learned.strength / RMS < 20
 
 
+@pytest.mark.parametrize("knee", [0.03, 0.1, 0.5, 20.0])
+def test_nothing_below_the_least_strength_is_chosen(knee: float) -> None:
+    learned = learn(Formula(falling(knee)), least_rms=1.5)
+    assert learned.strength / RMS >= 1.5 * (1 - 1e-6)
+    assert learned.evaluations <= 15
+    assert learned.value <= 0.05 + 0.1 * 0.75 + 1e-6
+
+
 def test_a_retained_value_takes_the_place_of_the_surrogate() -> None:
     engine = Formula(falling(20.0), generic=0.9)
     learned = learn(engine, retained_value=0.3)
