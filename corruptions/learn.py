@@ -323,15 +323,15 @@ def _at_strength(
 
 def _candidates(meter: _Meter, least: float) -> list[float]:
     """Return strengths in the order in which to try them; none is below `least` (log10)."""
-    within = sorted(log for log, trial in meter.trials.items() if trial.loss <= meter.tolerance)
+    within = sorted(log for log, trial in meter.trials.items() if meter.near(trial))
     if not within:
         within = sorted(meter.trials, key=lambda log: (meter.trials[log].loss, log))
     wanted = max(within[0] + math.log10(MARGIN), least)
     roomier = round(min(wanted, LOG_RANGE[1]), 6)
-    enough = [log for log in within if log >= least]
+    enough = [log for log in within if log >= least] or [roomier]
     if meter.left < 1 and roomier not in meter.trials:
-        return enough
-    if meter.at(roomier).loss > max(meter.tolerance, meter.trials[within[0]].loss):
+        return [log for log in enough if log in meter.trials]
+    if meter.at(roomier).loss > meter.trials[within[0]].loss + meter.tolerance:
         return enough
     return [roomier, *(log for log in enough if log != roomier)]
 
