@@ -13,6 +13,9 @@ from benchmarks.measures import holds_fact, is_repetitive
 from classifiers.benign import load_benign
 from tests.product import Recorder, ask
 
+pytestmark = pytest.mark.timeout(1800)
+"""The first test waits for a fit and two servers."""
+
 MODEL = "smollm2-135m-instruct"
 PROBES = 12
 """Of the known probes; the benchmark asks them all (docs/results.md)."""

@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.vllm)
-            item.add_marker(pytest.mark.timeout(START_LIMIT_S + 300))
+            item.add_marker(pytest.mark.timeout(START_LIMIT_S + 1800))
 
 
 @pytest.fixture(scope="session")
