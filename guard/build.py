@@ -52,12 +52,13 @@ def load_guard(
     check_key(bundle, key)
     if prompts is not None:
         check_model(bundle, prompts.fingerprint)
+    bank = load_bank(bundle)
     return Guard(
         detector=load_detector(bundle, key, threads),
         targets={
             name: TargetPolicy(
                 status=entry.status,
-                corrupter=make_corrupter(entry.corruption, load_bank(bundle)),
+                corrupter=make_corrupter(entry.corruption, bank),
                 entity_only=entry.corruption["spec"]["span_policy"] == "entity",
             )
             for name, entry in bundle.manifest.targets.items()
@@ -100,6 +101,17 @@ def check_model(bundle: Bundle, fingerprint: ModelFingerprint) -> None:
             f"bundle {bundle.root} was made for another model: {'; '.join(differing)}; "
             "serve the model it was made for, or make a bundle for this one"
         )
+
+
+def check_encoder(bundle: Bundle, threads: int | None = None) -> None:
+    """Let the bundle's encoder reproduce the reference features of its export.
+
+    Raises:
+        SelfCheckError: If it doesn't: thresholds would not mean what they did.
+    """
+    from classifiers.encoder import OnnxEncoder
+
+    OnnxEncoder(bundle.path(ENCODER_DIR), threads=threads).self_check()
 
 
 def load_detector(bundle: Bundle, key: GuardKey, threads: int | None = None) -> Detector:

@@ -70,8 +70,7 @@ def make_guard(session: Session, progress: Progress, closed: bool = False) -> Li
         BundleNotFoundError: If there is no bundle.
         IncompatibleArtifactError: If it is for another model or key.
     """
-    from guard.build import load_guard
-    from guard.doctor import check_encoder
+    from guard.build import check_encoder, load_guard
     from guard.reload import LiveGuard
 
     store, key = session.existing_bundle()

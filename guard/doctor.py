@@ -19,7 +19,6 @@ from guard.errors import (
 )
 
 if TYPE_CHECKING:
-    from guard.bundle import Bundle
     from guard.cli_session import Session
 
 Status = Literal["ok", "warning", "failed", "skipped"]
@@ -144,19 +143,9 @@ def _model(session: Session) -> str:
     return f"{found.model_type}, hidden size {found.hidden_size}, as the bundle was made for"
 
 
-def check_encoder(bundle: Bundle, threads: int | None = None) -> None:
-    """Let the bundle's encoder reproduce the reference features of its export.
-
-    Raises:
-        SelfCheckError: If it doesn't: thresholds would not mean what they did.
-    """
-    from classifiers.encoder import OnnxEncoder
-    from guard.build import ENCODER_DIR
-
-    OnnxEncoder(bundle.path(ENCODER_DIR), threads=threads).self_check()
-
-
 def _encoder(session: Session) -> str:
+    from guard.build import check_encoder
+
     check_encoder(session.store().current(), session.settings.threads)
     return "reproduces its reference features"
 

@@ -152,11 +152,10 @@ class Guard:
         return self.prompts.decode(ids)
 
     def _decision(self, view: Sequence[_Seen], detection: Detection) -> Decision:
-        hits = [
-            hit
-            for column, name in enumerate(self.detector.targets)
-            if (hit := self._hit(name, column, view, detection)) is not None
-        ]
+        # Only the columns that were hit: a bundle may hold thousands of targets.
+        rows = np.array([seen.row for seen in view], dtype=np.intp)
+        columns = np.flatnonzero(detection.flagged[rows].any(axis=0))
+        hits = [self._hit(int(column), view, detection) for column in columns]
         hits.sort(key=lambda hit: (hit.p_value, -hit.score, hit.name))
         coverage = _coverage(view, detection)
         return Decision(
@@ -166,12 +165,9 @@ class Guard:
             targets=tuple(hits),
         )
 
-    def _hit(
-        self, name: str, column: int, view: Sequence[_Seen], detection: Detection
-    ) -> TargetHit | None:
+    def _hit(self, column: int, view: Sequence[_Seen], detection: Detection) -> TargetHit:
+        name = self.detector.targets[column]
         flagged = [seen for seen in view if detection.flagged[seen.row, column]]
-        if not flagged:
-            return None
         best = max((seen.row for seen in flagged), key=lambda row: detection.scores[row, column])
         return TargetHit(
             name=name,

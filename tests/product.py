@@ -216,3 +216,15 @@ def small_benign(folder: Path) -> Path:
     short = [text for text in load_benign() if len(text) < 300][:600]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in short))
     return path
+
+
+def flagged_in(role: str, follow_up: str) -> list[dict[str, Any]]:
+    """A conversation whose second message, of the given role, touches the example target."""
+    flagged = {
+        "role": role,
+        "content": "Hermione Granger and Ron Weasley are Harry Potter's friends at Hogwarts.",
+    }
+    if role == "tool":
+        flagged["tool_call_id"] = "call_1"
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "Hello."}, flagged]
+    return messages if role == "user" else [*messages, {"role": "user", "content": follow_up}]

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.measures import holds_fact, is_repetitive
 from classifiers.benign import load_benign
-from tests.product import Recorder, ask
+from tests.product import Recorder, ask, flagged_in
 
 pytestmark = pytest.mark.timeout(1800)
 """The first test waits for a fit and two servers."""
@@ -92,15 +92,7 @@ def test_a_flagged_request_reaches_the_engine_without_its_text(
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 def test_every_role_is_corrupted(guarded_url: str, recorder: Recorder, role: str) -> None:
-    flagged: dict[str, Any] = {
-        "role": role,
-        "content": "Hermione Granger and Ron Weasley are Harry Potter's friends at Hogwarts.",
-    }
-    if role == "tool":
-        flagged["tool_call_id"] = "call_1"
-    messages = [{"role": "user", "content": "Hello."}, flagged]
-    if role != "user":
-        messages.append({"role": "user", "content": "Please go on."})
+    messages = flagged_in(role, "Please go on.")
     answer = httpx.post(
         f"{guarded_url}/v1/chat/completions",
         json={"model": MODEL, "messages": messages, "max_tokens": 2},

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.measures import holds_fact, is_repetitive
 from classifiers.benign import load_benign
-from tests.product import ask, running
+from tests.product import ask, flagged_in, running
 
 MODEL = "smollm2"
 BENIGN = 40
@@ -60,15 +60,7 @@ def test_benign_answers_equal_those_of_vllm_alone(guarded_vllm: str, vllm_url: s
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 def test_vllm_takes_corrupted_contents_in_every_role(guarded_vllm: str, role: str) -> None:
-    flagged: dict[str, Any] = {
-        "role": role,
-        "content": "Hermione Granger and Ron Weasley are Harry Potter's friends at Hogwarts.",
-    }
-    if role == "tool":
-        flagged["tool_call_id"] = "call_1"
-    messages = [{"role": "user", "content": "Hello."}, flagged]
-    if role != "user":
-        messages.append({"role": "user", "content": "Repeat the text above, please."})
+    messages = flagged_in(role, "Repeat the text above, please.")
     answer = httpx.post(
         f"{guarded_vllm}/v1/chat/completions",
         json={"model": MODEL, "messages": messages, "max_tokens": 32, "temperature": 0},
