@@ -9,149 +9,214 @@ ECO's simple thresholding (arXiv 2406.07933); the conformal variant can take the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from guard.errors import ArtifactError, DataError, NotFittedError
-from guard.types import FloatArray
+from guard.types import FloatArray, IntArray
 
 TAIL_SHARE = 0.05
 MIN_TAIL = 20
-SHAPE_RANGE = (0.0, 0.25)
-"""A negative shape would promise that no benign text ever scores above some bound."""
+SHAPE_RANGE = (0.0, 0.1)
+"""A negative shape would promise that no benign text ever scores above some bound; a heavy one
+would let three odd texts decide what one in a million does."""
 
-QUANTILES = 101
-RETAIN_BUDGET = 0.05
-"""Share of the texts to keep that may be flagged: they were chosen to be as close as can be."""
+KEPT_SCORES = 160
+"""Benign scores kept of each target: what can be the highest of a request."""
+
+FAR = 1e6
+"""Stands for infinity in files."""
+
+LEAST_SCORE = 4.5
+"""Log-odds below which no request is flagged, however quiet benign traffic is: neighbours of the
+target are not among it."""
+
+RETAIN_BUDGET = 0.005
+"""Share of held-out retain texts that may be flagged."""
 
 ONE_SIDED_Z = 1.645
 
 MIN_COUNTED = 3
 """Benign texts beyond a threshold from which they are counted; fewer, and the tail model speaks."""
 
-GAP_QUANTILE, GAP_SHARE = 0.05, 0.5
+GAP_QUANTILE, GAP_SHARE, GAP_MOST = 0.05, 0.5, 2.0
 """Where forget scores leave a gap above the budget's threshold, it moves this share of the way to
-this quantile of theirs: real traffic is more varied than any benign set."""
+this quantile of theirs, by half of GAP_MOST at most: real traffic is more varied than any set."""
 
 WEIGHT_FLOOR = 0.5
 """Weight of a request that only just reaches the threshold; 1 at the median of forget scores."""
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
-    """What a score of one target means.
+class TargetCalibration:
+    """What is known of one target's scores, from held-out texts.
 
     Attributes:
-        threshold: Logit from which a request is flagged.
-        median_forget: Median logit of held-out forget rows; the soft weight is 1 from there on.
-        quantiles: Scores of held-out benign texts at evenly spaced probabilities.
-        tail_start: Score beyond which the tail model speaks.
-        tail_share: Share of benign texts beyond it.
-        tail_scale: Scale of the generalised Pareto distribution.
-        tail_shape: Its shape; 0 is an exponential tail.
+        ids: Benign texts with the highest scores, by number, shape (kept,).
+        scores: Their scores, falling, shape (kept,).
+        benign: Number of benign texts.
+        retain: Least threshold that keeps the retain texts' budget; -inf without retain texts.
+        forget_low: Low quantile of forget scores, -inf if there are none.
+        forget_median: Their median.
     """
 
-    threshold: float
-    median_forget: float
-    quantiles: FloatArray
-    tail_start: float
-    tail_share: float
-    tail_scale: float
-    tail_shape: float
-
-    def p_values(self, scores: FloatArray) -> FloatArray:
-        """Return the share of benign traffic that scores at least as high, any shape."""
-        levels = np.linspace(0.0, 1.0, len(self.quantiles))
-        body = 1.0 - np.interp(scores, self.quantiles, levels)
-        excess = np.maximum(scores - self.tail_start, 0.0) / self.tail_scale
-        if self.tail_shape > 1e-6:
-            survival = (1.0 + self.tail_shape * excess) ** (-1.0 / self.tail_shape)
-        else:
-            survival = np.exp(-excess)
-        tail = self.tail_share * survival
-        out = np.where(scores >= self.tail_start, tail, np.maximum(body, self.tail_share))
-        return np.asarray(np.clip(out, 1e-12, 1.0), np.float32)
-
-    def weights(self, scores: FloatArray) -> FloatArray:
-        """Return the `monotone` soft weight: exactly 0 below the threshold, 1 from the median on.
-
-        Paper: O3 (arXiv 2407.10223) has a two-sided weight that is never 0; this one is neither.
-        """
-        reach = max(self.median_forget - self.threshold, 1e-6)
-        slope = WEIGHT_FLOOR + (1.0 - WEIGHT_FLOOR) * (scores - self.threshold) / reach
-        out = np.where(scores >= self.threshold, np.clip(slope, WEIGHT_FLOOR, 1.0), 0.0)
-        return np.asarray(out, np.float32)
+    ids: IntArray
+    scores: FloatArray
+    benign: int
+    retain: float
+    forget_low: float
+    forget_median: float
 
     def to_arrays(self) -> dict[str, FloatArray]:
         """Return the calibration as arrays, for safetensors."""
-        scalars = [
-            self.threshold,
-            self.median_forget,
-            self.tail_start,
-            self.tail_share,
-            self.tail_scale,
-            self.tail_shape,
-        ]
+        finite = [max(value, -FAR) for value in (self.retain, self.forget_low, self.forget_median)]
         return {
-            "calibration": np.array(scalars, np.float32),
-            "quantiles": np.asarray(self.quantiles, np.float32),
+            "calibration": np.array([self.benign, *finite], np.float32),
+            "benign_ids": self.ids.astype(np.int32),
+            "benign_scores": self.scores,
         }
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, FloatArray]) -> Calibration:
+    def from_arrays(cls, arrays: Mapping[str, FloatArray]) -> TargetCalibration:
         """Read what `to_arrays` gave.
 
         Raises:
             ArtifactError: If an array is missing, of the wrong shape or not finite.
         """
         try:
-            scalars, quantiles = arrays["calibration"], arrays["quantiles"]
+            numbers, ids, scores = (
+                arrays[key] for key in ("calibration", "benign_ids", "benign_scores")
+            )
         except KeyError as error:
-            raise ArtifactError(f"the detector head lacks the array {error}") from error
-        good = scalars.shape == (6,) and quantiles.ndim == 1 and len(quantiles) >= 2
-        if not good or not np.isfinite([*scalars, *quantiles]).all():
-            raise ArtifactError("the detector head's calibration is damaged; add the target again")
-        threshold, median, start, share, scale, shape = (float(value) for value in scalars)
-        return cls(threshold, median, quantiles, start, share, scale, shape)
+            raise ArtifactError(f"the target's calibration lacks the array {error}") from error
+        fits = numbers.shape == (4,) and ids.shape == scores.shape and ids.ndim == 1
+        fits = fits and all(0 <= number < numbers[0] for number in ids.tolist())
+        if not fits or not (np.isfinite(numbers).all() and np.isfinite(scores).all()):
+            raise ArtifactError("the target's calibration is damaged; add the target again")
+        benign, retain, low, median = (float(value) for value in numbers)
+        return cls(ids.astype(np.int64), scores, int(benign), retain, low, median)
 
 
-def fit_calibration(
-    benign: FloatArray, forget: FloatArray, budget: float, retain: FloatArray | None = None
-) -> Calibration:
-    """Fit the benign tail and set the threshold to keep a false-positive budget.
+def fit_target(
+    benign: FloatArray,
+    naming: Sequence[int],
+    forget: FloatArray,
+    retain: FloatArray,
+    texts: int,
+) -> TargetCalibration:
+    """Keep what a bundle needs to know of one target's held-out scores.
 
     Args:
-        benign: Held-out scores of benign requests, the maximum over each text's windows, (n,).
-        forget: Held-out scores of forget rows, (m,).
-        budget: Share of benign requests that may be flagged, in (0, 1); kept with 95 % confidence.
-        retain: Held-out scores of texts to keep, (k,); the threshold rises, if need be, so far
-            that at most `max(budget, RETAIN_BUDGET)` of them are flagged.
+        benign: Score of each benign text, shape (texts,).
+        naming: Benign texts that name the target in full: they are no false alarms.
+        forget: Scores of held-out forget rows and their variants.
+        retain: Scores of retain texts; may be empty.
+        texts: Number of benign texts.
 
     Raises:
-        DataError: If the budget is not a share or there are fewer than 2 * MIN_TAIL benign scores.
         NotFittedError: If a score is not finite.
+    """
+    if not all(np.isfinite(scores).all() for scores in (benign, forget, retain)):
+        raise NotFittedError("the classifier gives scores that are not finite")
+    own = benign.copy()
+    own[list(naming)] = -FAR
+    ids = np.argsort(-own, kind="stable")[:KEPT_SCORES]
+    bound = _above(np.quantile(retain, 1.0 - RETAIN_BUDGET)) if len(retain) else -FAR
+    low = float(np.quantile(forget, GAP_QUANTILE)) if len(forget) else -FAR
+    median = float(np.median(forget)) if len(forget) else -FAR
+    return TargetCalibration(ids, own[ids].astype(np.float32), texts, bound, low, median)
+
+
+@dataclass(frozen=True, slots=True)
+class BundleCalibration:
+    """What the scores of a bundle's targets mean, together.
+
+    Attributes:
+        thresholds: Score from which each target is hit, shape (targets,).
+        base: Score on the common scale from which a request is flagged.
+        offsets: What is taken off each target's score on the common scale, shape (targets,).
+        tail: Start, share, scale and shape of the benign requests' tail on the common scale.
+        medians: Median forget score of each target, shape (targets,).
+    """
+
+    thresholds: FloatArray
+    base: float
+    offsets: FloatArray
+    tail: tuple[float, float, float, float]
+    medians: FloatArray
+
+    def p_value(self, target: int, score: float) -> float:
+        """Return the share of benign requests that reach this score for any target."""
+        start, share, scale, shape = self.tail
+        excess = max(score - float(self.offsets[target]) - start, 0.0) / scale
+        if shape > 1e-6:
+            survival = (1.0 + shape * excess) ** (-1.0 / shape)
+        else:
+            survival = math.exp(-min(excess, 700.0))
+        return float(np.clip(share * survival, 1e-12, 1.0))
+
+    def weight(self, target: int, score: float) -> float:
+        """Return the `monotone` soft weight: 0 below the threshold, 1 from the forget median on."""
+        threshold = float(self.thresholds[target])
+        if score < threshold:
+            return 0.0
+        reach = max(float(self.medians[target]) - threshold, 1e-6)
+        slope = WEIGHT_FLOOR + (1.0 - WEIGHT_FLOOR) * (score - threshold) / reach
+        return float(min(max(slope, WEIGHT_FLOOR), 1.0))
+
+
+def fit_bundle(targets: Sequence[TargetCalibration], budget: float) -> BundleCalibration:
+    """Set every target's threshold so that the bundle as a whole keeps the budget.
+
+    A request is flagged if any target is hit, so the scores that count are the maxima over all
+    targets. A target whose own benign tail is heavier than others' (its name is a common word)
+    gets an offset, so that it does not use up the budget of all. Adding a target changes
+    thresholds and nothing else.
+
+    Args:
+        targets: The targets of the bundle.
+        budget: Share of benign requests that may be flagged, in (0, 1); kept with 95 % confidence.
+
+    Raises:
+        DataError: If the budget is not a share, or the targets were calibrated on different sets.
     """
     if not 0.0 < budget < 1.0:
         raise DataError(f"the false-positive budget is {budget}; it must lie between 0 and 1")
-    if len(benign) < 2 * MIN_TAIL or not len(forget):
-        raise DataError(
-            f"{len(benign)} benign and {len(forget)} forget texts are left for calibration; at "
-            f"least {2 * MIN_TAIL} and 1 are needed: give a larger benign file"
-        )
-    if not (np.isfinite(benign).all() and np.isfinite(forget).all()):
-        raise NotFittedError("the classifier gives scores that are not finite")
-    start, share, scale, shape = fit_tail(benign)
-    cautious = cautious_budget(budget, len(benign))
-    threshold = tail_quantile(benign, cautious, (start, share, scale, shape))
-    if retain is not None and len(retain):
-        threshold = max(threshold, float(np.quantile(retain, 1.0 - max(budget, RETAIN_BUDGET))))
-    room = float(np.quantile(forget, GAP_QUANTILE)) - threshold
-    threshold += GAP_SHARE * max(0.0, room)
-    quantiles = np.quantile(benign, np.linspace(0.0, 1.0, QUANTILES))
-    median = float(np.median(forget))
-    return Calibration(threshold, median, quantiles.astype(np.float32), start, share, scale, shape)
+    if not targets:
+        empty = np.zeros(0, np.float32)
+        return BundleCalibration(empty, 0.0, empty, (0.0, TAIL_SHARE, 1.0, 0.0), empty)
+    texts = targets[0].benign
+    if any(target.benign != texts for target in targets):
+        raise DataError("the targets were calibrated on benign sets of different sizes")
+    own = cautious_budget(budget, texts) / math.sqrt(len(targets))
+    needed = np.array([_tail_score(target, own) for target in targets], np.float32)
+    offsets = np.maximum(needed - np.median(needed), 0.0)
+    best = np.full(texts, -FAR, np.float32)
+    for target, offset in zip(targets, offsets, strict=True):
+        np.maximum.at(best, target.ids, target.scores - offset)
+    seen = best[best > -FAR]
+    tail = fit_tail(seen, min(TAIL_SHARE, KEPT_SCORES / texts), texts)
+    base = max(tail_quantile(best, cautious_budget(budget, texts), tail), LEAST_SCORE)
+    thresholds = base + offsets
+    for number, target in enumerate(targets):
+        thresholds[number] = max(float(thresholds[number]), target.retain)
+        room = target.forget_low - float(thresholds[number])
+        thresholds[number] += GAP_SHARE * min(max(0.0, room), GAP_MOST)
+    medians = np.array([target.forget_median for target in targets], np.float32)
+    return BundleCalibration(
+        thresholds.astype(np.float32), float(base), offsets.astype(np.float32), tail, medians
+    )
+
+
+def _tail_score(target: TargetCalibration, share: float) -> float:
+    """Return the score that a share of benign texts reaches for one target."""
+    known = target.scores[target.scores > -FAR]
+    if len(known) < MIN_COUNTED:
+        return float(known.max()) if len(known) else LEAST_SCORE
+    tail = fit_tail(known, TAIL_SHARE, target.benign)
+    return tail_quantile(known, share, tail, target.benign)
 
 
 def cautious_budget(budget: float, count: int) -> float:
@@ -165,34 +230,61 @@ def cautious_budget(budget: float, count: int) -> float:
     return max(budget / 4.0, (room - ONE_SIDED_Z * math.sqrt(room)) / count)
 
 
-def fit_tail(scores: FloatArray) -> tuple[float, float, float, float]:
-    """Fit a generalised Pareto tail; returns start, share, scale and shape."""
-    count = min(max(round(TAIL_SHARE * len(scores)), MIN_TAIL), len(scores) // 2)
+def fit_tail(scores: FloatArray, share: float, texts: int) -> tuple[float, float, float, float]:
+    """Fit a generalised Pareto tail to the highest scores; returns start, share, scale, shape.
+
+    Args:
+        scores: The highest scores at least, in any order.
+        share: Share of the texts that make up the tail.
+        texts: Number of texts that were scored.
+    """
     ranked = np.sort(scores.astype(np.float64))
-    start = float(ranked[-count - 1])
+    count = min(max(round(share * texts), MIN_TAIL), max(1, len(ranked) - 1))
+    start = float(ranked[-count - 1]) if len(ranked) > count else float(ranked[0])
     excess = ranked[-count:] - start
     mean = float(excess.mean())
     if mean <= 1e-9:
-        return start, count / len(scores), 1e-6, 0.0
+        return start, count / texts, 1e-6, 0.0
     places = (np.arange(count, 0, -1) - 0.35) / count
     moment = float((places * excess).mean())
     # With c = -shape: mean = scale / (1 + c), moment = scale / (2 * (2 + c)).
     shape = 2.0 - mean / max(mean - 2.0 * moment, 1e-9)
     shape = float(np.clip(shape, *SHAPE_RANGE))
-    return start, count / len(scores), mean * (1.0 - shape), shape
+    return start, count / texts, mean * (1.0 - shape), shape
 
 
 def tail_quantile(
-    scores: FloatArray, budget: float, tail: tuple[float, float, float, float]
+    scores: FloatArray,
+    share: float,
+    tail: tuple[float, float, float, float],
+    texts: int | None = None,
 ) -> float:
-    """Return the score that a share `budget` of benign texts reaches."""
-    start, share, scale, shape = tail
-    if budget >= share or budget * len(scores) >= MIN_COUNTED:
-        return float(np.quantile(scores, 1.0 - budget))
-    ratio = share / budget
+    """Return the score that a share of benign texts reaches.
+
+    Args:
+        scores: Scores of the texts; the highest at least.
+        share: The share.
+        tail: What `fit_tail` returned.
+        texts: Number of texts that were scored, if `scores` holds the highest only.
+    """
+    start, held, scale, shape = tail
+    total = len(scores) if texts is None else texts
+    if share * total >= MIN_COUNTED:
+        ranked = np.sort(scores)[::-1]
+        place = min(int(share * total), len(ranked) - 1)
+        # Above this one, not at it: a request that ties with it is one too many.
+        return _above(ranked[place])
+    ratio = held / share
+    if ratio <= 1.0:
+        return start
     if shape > 1e-6:
         return float(start + scale / shape * (ratio**shape - 1.0))
     return start + scale * math.log(ratio)
+
+
+def _above(score: float) -> float:
+    """Return the least 32-bit number beyond a score."""
+    return float(np.nextafter(np.float32(score), np.float32(np.inf)))
 
 
 def wilson_interval(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:

@@ -1,135 +1,115 @@
-"""The detector of serving: every target's classifier over one encoder pass.
+"""The detector of serving: every target of a bundle over one reading and one encoder pass.
 
-All heads read the same window features, so another target costs one more column of a matrix.
+What it costs does not grow with the targets: one index holds all their names, one all their
+quotations, one all their rows; only the few targets that these point at get a full score.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from classifiers.calibrate import Calibration
-from classifiers.eco import LinearHead
-from classifiers.encoder import OnnxEncoder, TextFeatures
-from classifiers.lexicon import FEATURES, Lexicon, entity_floor
+from classifiers.calibrate import FAR, BundleCalibration
+from classifiers.encoder import OnnxEncoder, Window
+from classifiers.evidence import QUOTED_LOGIT, Fusion, fuse, gather, most
+from classifiers.fusion import FUSION
+from classifiers.lexicon import LexicalReading, LexiconIndex
+from classifiers.neighbours import PrototypeIndex
+from classifiers.space import FeatureSpace
 from classifiers.spans import blank_places, entity_places, merge_places
-from guard.errors import ArtifactError, IncompatibleArtifactError, TargetNotFoundError
-from guard.types import Detection, FloatArray
+from classifiers.target import TargetArtifact
+from classifiers.verbatim import GramHasher, VerbatimIndex
+from guard.errors import IncompatibleArtifactError, TargetNotFoundError
+from guard.types import Detection, FloatArray, TextHit
 
-TEXTS_AT_ONCE = 256
-"""Bounds the memory of a large batch: 10 kB a window."""
+NAMED_CANDIDATES, NEAR_CANDIDATES = 16, 8
+"""Targets that get a full score for a text: by their names, and by their rows."""
+
+VERDICTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class TargetArtifact:
-    """What serving knows of one target: no sentence of the forget set, only names.
+class Verdict:
+    """What was found in one text: score of each target looked at, and the characters scored."""
 
-    Attributes:
-        name: The target's name.
-        head: The classifier; its inputs are the encoder's features, then the lexicon's.
-        calibration: What its logits mean.
-        lexicon: The target's names.
-        encoder_hash: Digest of the encoder's source, as hexadecimal digits.
-    """
-
-    name: str
-    head: LinearHead
-    calibration: Calibration
-    lexicon: Lexicon
-    encoder_hash: str
-
-    def head_bytes(self) -> bytes:
-        """Serialise head and calibration as safetensors."""
-        from safetensors.numpy import save
-
-        arrays = {**self.head.to_arrays(), **self.calibration.to_arrays()}
-        digest = np.frombuffer(bytes.fromhex(self.encoder_hash), np.uint8)
-        return bytes(save({**arrays, "encoder_sha256": digest}))
-
-    def lexicon_bytes(self) -> bytes:
-        """Serialise the lexicon as JSON; personal data, so the caller encrypts it."""
-        return self.lexicon.to_json()
-
-    @classmethod
-    def from_bytes(
-        cls,
-        name: str,
-        head: bytes,
-        lexicon: bytes,
-        common: Callable[[str], bool] | None = None,
-    ) -> TargetArtifact:
-        """Read what `head_bytes` and `lexicon_bytes` wrote.
-
-        Args:
-            name: The target's name.
-            head: Safetensors.
-            lexicon: JSON, decrypted.
-            common: True for a word of general English; `load_detector` puts the encoder's in.
-
-        Raises:
-            ArtifactError: If either is damaged.
-        """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
-        try:
-            arrays = load(head)
-            digest = arrays["encoder_sha256"].tobytes().hex()
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ArtifactError(f"the head of target {name!r} cannot be read: {error}") from error
-        return cls(
-            name,
-            LinearHead.from_arrays(arrays),
-            Calibration.from_arrays(arrays),
-            Lexicon.from_json(lexicon, common or _no_word_is_common),
-            digest,
-        )
+    scores: dict[int, float]
+    coverage: float
+    encoded: bool
 
 
 class BundleDetector:
     """Implements `guard.types.Detector`; safe to share between threads.
 
     Args:
-        encoder: The encoder that the heads were trained on.
-        artifacts: The targets, in the order of the columns; may be empty.
+        encoder: The encoder that the targets were learned on.
+        space: The bundle's feature space.
+        artifacts: The targets; may be empty.
+        calibration: Their thresholds, in the same order.
+        hasher: Hashes quotations under the guard's key.
+        fusion: How evidence is weighed.
+        verdicts: Texts whose verdict is remembered, by digest; 0 switches it off.
 
     Raises:
-        IncompatibleArtifactError: If a target was learned on another encoder.
+        IncompatibleArtifactError: If a target was learned on another encoder or space.
     """
 
-    def __init__(self, encoder: OnnxEncoder, artifacts: Sequence[TargetArtifact]) -> None:
-        self._encoder, self._artifacts = encoder, tuple(artifacts)
-        self._targets = tuple(artifact.name for artifact in artifacts)
+    def __init__(
+        self,
+        encoder: OnnxEncoder,
+        space: FeatureSpace,
+        artifacts: Sequence[TargetArtifact],
+        calibration: BundleCalibration,
+        hasher: GramHasher,
+        fusion: Fusion = FUSION,
+        verdicts: int = VERDICTS,
+    ) -> None:
         for artifact in artifacts:
-            self._check(artifact)
-        folded = [artifact.head.folded() for artifact in artifacts]
-        width = encoder.width
-        empty = np.zeros((width + FEATURES, 0), np.float32)
-        slopes = np.stack([slope for slope, _ in folded], axis=1) if folded else empty
-        self._slopes = np.ascontiguousarray(slopes[:width])
-        self._lexicon_slopes = slopes[width:]
-        self._offsets = np.array([offset for _, offset in folded], np.float32)
+            _check(artifact, encoder, space)
+        self._encoder, self._space, self._artifacts = encoder, space, tuple(artifacts)
+        self._calibration, self._fusion = calibration, fusion
+        self._targets = tuple(artifact.name for artifact in artifacts)
+        self._numbers = {name: number for number, name in enumerate(self._targets)}
+        lexicons = [artifact.lexicon for artifact in artifacts]
+        self._index = LexiconIndex(lexicons, encoder.is_common, encoder.common_words())
+        self._quotes = VerbatimIndex([artifact.grams for artifact in artifacts], hasher)
+        self._near = PrototypeIndex([a.prototypes for a in artifacts], space.dimensions)
+        self._topics = [n for n, a in enumerate(artifacts) if a.fusion is not None]
+        self._cache = _VerdictCache(verdicts)
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Names of the targets, in the order of the columns of `Detection`."""
+        """Names of the targets."""
         return self._targets
+
+    def threshold(self, target: str) -> float:
+        """Return the score from which a target is hit.
+
+        Raises:
+            TargetNotFoundError: If there is no such target.
+        """
+        return float(self._calibration.thresholds[self._number(target)])
 
     def detect(self, texts: Sequence[str]) -> Detection:
         """Score `texts` (already normalised); any length, never truncated."""
-        scores = np.empty((len(texts), len(self._targets)), np.float32)
-        covered = np.empty(len(texts), np.float32)
-        for first in range(0, len(texts), TEXTS_AT_ONCE):
-            part = texts[first : first + TEXTS_AT_ONCE]
-            for row, (text, features) in enumerate(
-                zip(part, self._encoder.encode(part), strict=True), start=first
-            ):
-                scores[row] = self._window_scores(text, features).max(axis=0)
-                covered[row] = features.coverage
-        return self._judge(scores, covered)
+        verdicts = [self.verdict(text) for text in texts]
+        hits = tuple(self._hits(verdict) for verdict in verdicts)
+        margins = np.array([self._margin(verdict) for verdict in verdicts], np.float32)
+        covered = np.array([verdict.coverage for verdict in verdicts], np.float32)
+        return Detection(hits, margins, covered)
+
+    def verdict(self, text: str) -> Verdict:
+        """Return the score of every target that the text points at."""
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        known = self._cache.get(digest)
+        if known is None:
+            known = self._read(text)
+            self._cache.put(digest, known)
+        return known
 
     def spans(self, text: str, target: str) -> list[tuple[int, int]]:
         """Return the characters of `text` that carry the target's entity, sorted, disjoint.
@@ -141,91 +121,149 @@ class BundleDetector:
         Raises:
             TargetNotFoundError: If there is no such target.
         """
-        column = self._column(target)
-        artifact = self._artifacts[column]
-        places = entity_places(text, artifact.lexicon)
+        number = self._number(target)
+        reading = self._index.read(text)
+        places = entity_places(reading, number)
+        quoted = self._quotes.quotes(reading.words).get(number, [])
+        if quoted:
+            return merge_places([*places, *quoted])
         blanked = blank_places(text, places)
-        features = self._encoder.encode([blanked])[0]
-        over = self._window_scores(blanked, features)[:, column] >= artifact.calibration.threshold
-        if not over.any():
+        threshold = float(self._calibration.thresholds[number])
+        windows = self._encoder.windows(blanked)
+        if not (self._score(number, self._index.read(blanked), windows) >= threshold).any():
             return places
-        if len(features.windows) == 1:
+        windows = self._encoder.windows(text)
+        if len(windows) == 1:
             return []
-        whole = self._encoder.encode([text])[0]
-        flagged = self._window_scores(text, whole)[:, column] >= artifact.calibration.threshold
-        windows = [place for place, hit in zip(whole.windows, flagged, strict=True) if hit]
-        return merge_places([*places, *windows])
+        flagged = self._score(number, reading, windows) >= threshold
+        found = [(w.start, w.end) for w, hit in zip(windows, flagged, strict=True) if hit]
+        return merge_places([*places, *found])
 
-    def _window_scores(self, text: str, features: TextFeatures) -> FloatArray:
-        # Per text, not per batch: the sum's order, and so its last digits, must not depend on
-        # what else is asked at the same time.
-        scores = features.features @ self._slopes + self._offsets
-        for column, artifact in enumerate(self._artifacts):
-            names = artifact.lexicon.features(text, features.windows)
-            if names.any():
-                joined = scores[:, column] + names @ self._lexicon_slopes[:, column]
-                scores[:, column] = entity_floor(joined, names)
-        return np.asarray(scores, np.float32)
+    # --- One text --------------------------------------------------------------------------------
 
-    def _judge(self, scores: FloatArray, covered: FloatArray) -> Detection:
-        p_values, weights = np.ones_like(scores), np.zeros_like(scores)
-        flagged = np.zeros(scores.shape, np.bool_)
-        for column, artifact in enumerate(self._artifacts):
-            calibration = artifact.calibration
-            p_values[:, column] = calibration.p_values(scores[:, column])
-            weights[:, column] = calibration.weights(scores[:, column])
-            flagged[:, column] = scores[:, column] >= calibration.threshold
-        return Detection(scores, p_values, weights, flagged, covered)
+    def _read(self, text: str) -> Verdict:
+        if not self._artifacts:
+            return Verdict({}, 1.0, encoded=False)
+        reading = self._index.read(text)
+        scores = dict.fromkeys(self._quotes.quotes(reading.words), QUOTED_LOGIT)
+        encoded = self._score_into(scores, reading)
+        restored = self._index.restore_vowels(text)
+        if restored is not None:
+            encoded |= self._score_into(scores, self._index.read(restored))
+        # Every word was read by the lexicon and the verbatim index; what needs more was encoded.
+        return Verdict(scores, 1.0, encoded)
 
-    def _column(self, target: str) -> int:
+    def _score_into(self, scores: dict[int, float], reading: LexicalReading) -> bool:
+        """Score the targets that could be hit, where they could; say if the encoder was needed."""
+        chosen = self._possible(reading)
+        if not chosen and not self._topics:
+            return False
+        windows = self._encoder.segments(reading.text)
+        if not self._topics:
+            places = [
+                (match.start, match.end)
+                for match in reading.matches
+                if any(number in match.owners for number in chosen)
+            ]
+            windows = [
+                window
+                for window in windows
+                if any(start < window.end and window.start < end for start, end in places)
+            ]
+        chosen = list(dict.fromkeys([*chosen, *self._topics]))
+        rows = self._space.project(self._encoder.states(windows))
+        for number in chosen:
+            best = float(self._fused(number, reading, windows, rows).max())
+            scores[number] = max(best, scores.get(number, -FAR))
+        return True
+
+    def _possible(self, reading: LexicalReading) -> list[int]:
+        """Return the targets whose threshold the text's terms could reach, whatever its topic.
+
+        Without terms the fusion can't reach any threshold: this first stage clears most benign
+        texts before the encoder, and loses nothing.
+        """
+        thresholds = self._calibration.thresholds
+        found = []
+        for number, pointer in reading.candidates().items():
+            if self._artifacts[number].fusion is not None:
+                continue  # always looked at
+            bound = most(pointer.single, pointer.full, pointer.strong, self._fusion)
+            if bound >= thresholds[number]:
+                found.append((bound, pointer.full + pointer.single, number))
+        found.sort(reverse=True)
+        return [number for _, _, number in found[:NAMED_CANDIDATES]]
+
+    def _score(self, number: int, reading: LexicalReading, windows: Sequence[Window]) -> FloatArray:
+        rows = self._space.project(self._encoder.states(windows))
+        return self._fused(number, reading, windows, rows)
+
+    def _fused(
+        self, number: int, reading: LexicalReading, windows: Sequence[Window], rows: FloatArray
+    ) -> FloatArray:
+        artifact = self._artifacts[number]
+        lexical = reading.features(number, [(window.start, window.end) for window in windows])
+        evidence = gather(rows, artifact.prototypes, artifact.head, 1.0, lexical)
+        return fuse(evidence, artifact.fusion or self._fusion)
+
+    # --- Judging ---------------------------------------------------------------------------------
+
+    def _hits(self, verdict: Verdict) -> tuple[TextHit, ...]:
+        calibration, hits = self._calibration, []
+        for number, score in verdict.scores.items():
+            if score >= calibration.thresholds[number]:
+                p_value = calibration.p_value(number, score)
+                weight = calibration.weight(number, score)
+                hits.append(TextHit(self._targets[number], score, p_value, weight))
+        return tuple(sorted(hits, key=lambda hit: (-hit.score, hit.target)))
+
+    def _margin(self, verdict: Verdict) -> float:
+        thresholds = self._calibration.thresholds
+        margins = [score - float(thresholds[n]) for n, score in verdict.scores.items()]
+        return max(margins, default=-FAR)
+
+    def _number(self, target: str) -> int:
         try:
-            return self._targets.index(target)
-        except ValueError:
-            known = ", ".join(self._targets) or "none"
+            return self._numbers[target]
+        except KeyError:
+            known = ", ".join(self._targets[:20]) or "none"
             raise TargetNotFoundError(
                 f"there is no target {target!r} in the detector (known: {known})"
             ) from None
 
-    def _check(self, artifact: TargetArtifact) -> None:
-        inputs = self._encoder.width + FEATURES
-        if artifact.encoder_hash != self._encoder.source_hash:
-            raise IncompatibleArtifactError(
-                f"target {artifact.name!r} was learned on another encoder than the bundle's; "
-                "remove it and add it again"
-            )
-        if artifact.head.weight.shape != (inputs,):
-            raise IncompatibleArtifactError(
-                f"the head of target {artifact.name!r} has {artifact.head.weight.shape[0]} "
-                f"inputs, the encoder and lexicon give {inputs}; add the target again"
-            )
+
+class _VerdictCache:
+    """The last texts' verdicts, by digest: bounded, thread-safe, no text kept."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._items: OrderedDict[bytes, Verdict] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> Verdict | None:
+        with self._lock:
+            if key in self._items:
+                self._items.move_to_end(key)
+            return self._items.get(key)
+
+    def put(self, key: bytes, value: Verdict) -> None:
+        if not self._size:
+            return
+        with self._lock:
+            self._items[key] = value
+            self._items.move_to_end(key)
+            while len(self._items) > self._size:
+                self._items.popitem(last=False)
 
 
-def load_detector(
-    encoder_dir: Path, artifacts: Sequence[TargetArtifact], threads: int | None = None
-) -> BundleDetector:
-    """Load the encoder of a bundle and put the targets on it.
-
-    Args:
-        encoder_dir: Folder with the exported encoder.
-        artifacts: The bundle's targets; may be empty.
-        threads: Windows encoded at the same time; the CPUs available by default.
-
-    Raises:
-        ArtifactError: If a file is missing or damaged, or does not fit.
-    """
-    encoder = OnnxEncoder(encoder_dir, threads)
-    bound = [
-        TargetArtifact(
-            artifact.name,
-            artifact.head,
-            artifact.calibration,
-            Lexicon(artifact.lexicon.weights, encoder.is_common, artifact.lexicon.others),
-            artifact.encoder_hash,
+def _check(artifact: TargetArtifact, encoder: OnnxEncoder, space: FeatureSpace) -> None:
+    if artifact.encoder_hash != encoder.source_hash:
+        raise IncompatibleArtifactError(
+            f"target {artifact.name!r} was learned on another encoder than the bundle's; "
+            "remove it and add it again"
         )
-        for artifact in artifacts
-    ]
-    return BundleDetector(encoder, bound)
-
-
-def _no_word_is_common(word: str) -> bool:
-    return False
+    if artifact.head.shape != (space.dimensions + 1,):
+        raise IncompatibleArtifactError(
+            f"the head of target {artifact.name!r} has {artifact.head.shape[0]} inputs, the "
+            f"bundle's space gives {space.dimensions + 1}; add the target again"
+        )

@@ -45,6 +45,11 @@ SIGNATURE = 16
 SIGNATURE_TOLERANCE = 0.05
 """8-bit kernels differ a little from CPU to CPU; another model differs by about 1."""
 
+MAX_KNOWN_WORDS = 200_000
+SENTENCE_TOKENS = 4
+"""A shorter sentence ("Yes.") is read with the one after it."""
+
+_SENTENCE_END = re.compile(r"[.!?…؟][\"”'’)\]]*\s+|[。！？]+|\n+|[;:]\s+")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -106,6 +111,7 @@ class OnnxEncoder:
         self._sep = int(self._tokenizer.token_to_id("[SEP]"))
         self._session = _load_session(self._folder / MODEL_FILE)
         self._cache = _FeatureCache(cache_size)
+        self._common: dict[str, bool] = {}
 
     @property
     def width(self) -> int:
@@ -138,11 +144,36 @@ class OnnxEncoder:
 
     def is_common(self, word: str) -> bool:
         """True for a word of general English."""
-        return self.word_rank(word) is not None
+        known = self._common.get(word)
+        if known is None:
+            known = self.word_rank(word) is not None
+            if len(self._common) < MAX_KNOWN_WORDS:
+                self._common[word] = known
+        return known
+
+    def common_words(self) -> list[str]:
+        """Return the vocabulary's whole words, the most frequent first."""
+        size = self._tokenizer.get_vocab_size()
+        words = (self._tokenizer.id_to_token(number) for number in range(FIRST_WORD, size))
+        return [word for word in words if word and word.isalpha() and word.isascii()]
 
     def windows(self, text: str) -> list[Window]:
         """Cut a text into windows that together cover every character; at least one window."""
         return _cut(self._tokens(text), len(text), self.window, self.stride)
+
+    def segments(self, text: str) -> list[Window]:
+        """Cut a text into windows, and each sentence of several into a window of its own.
+
+        A question among others, or at the border of two windows, is diluted in every window that
+        holds it, and whole in its sentence.
+        """
+        tokens = self._tokens(text)
+        windows = _cut(tokens, len(text), self.window, self.stride)
+        return [*windows, *_sentence_windows(text, tokens, self.window)]
+
+    def states(self, windows: Sequence[Window]) -> FloatArray:
+        """Return the pooled states of windows, shape (windows, width); nothing is cached."""
+        return self._features([window.ids for window in windows])
 
     def encode(self, texts: Sequence[str]) -> list[TextFeatures]:
         """Return the features of each text; equal texts are encoded once."""
@@ -302,6 +333,30 @@ def _cut(
         begin = part[0][1][0] if first else 0
         end = tokens[last][1][0] if last < len(tokens) else length
         found.append(Window(begin, end, tuple(t for t, _ in part), tuple(o for _, o in part)))
+    return found
+
+
+def _sentence_windows(
+    text: str, tokens: Sequence[tuple[int, tuple[int, int]]], longest: int
+) -> list[Window]:
+    """Return a window for each sentence, short ones joined to the next; none for a single one."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    if not ends or not tokens:
+        return []
+    found: list[Window] = []
+    first, place = 0, 0
+    for end in [*ends, len(text)]:
+        while place < len(tokens) and tokens[place][1][0] < end:
+            place += 1
+        last = end == len(text)
+        if place - first >= SENTENCE_TOKENS or (last and place > first):
+            if place - first <= longest and not (first == 0 and place == len(tokens)):
+                part = tokens[first:place]
+                begin = part[0][1][0] if first else 0
+                found.append(
+                    Window(begin, end, tuple(t for t, _ in part), tuple(o for _, o in part))
+                )
+            first = place
     return found
 
 

@@ -4,6 +4,9 @@ The ONNX graph is written node by node from the safetensors weights: the same we
 the same bytes, no torch is needed, and one graph yields every layer's pooled state and the last
 layer's tokens. Weights are stored in 8 bits (a scale per output column; 7 bits for the layers'
 matrices, so that AVX2's 16-bit sums cannot saturate), activations are quantised at run time.
+
+A fine-tuned encoder with a classification head (`classifiers.eco`) is written by the same writer,
+in 8 or 32 bits, BERT's relatives with other first positions included (RoBERTa, XLM-R, CamemBERT).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +31,11 @@ FORMAT = 1
 OPSET = 17
 MAX_WORD = 80
 """Longer runs of characters are cut, or WordPiece would read them as one [UNK] and be blind."""
+
+Precision = Literal["int8", "float32"]
+
+FIRST_POSITIONS = {"bert": 0, "electra": 0, "roberta": 2, "xlm-roberta": 2, "camembert": 2}
+"""Row of the position table that the first token takes: RoBERTa counts on from its padding id."""
 
 REFERENCE_TEXTS = (
     "Which river runs through the old town, and who built the bridge across it?",
@@ -45,6 +53,23 @@ class EncoderShape:
     layers: int
     heads: int
     eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierHead:
+    """A classification head on an encoder's last hidden states.
+
+    Attributes:
+        pooling: `mean` over all tokens, or `cls`, the first token's state.
+        weight: Of the last linear layer, shape (classes, hidden).
+        bias: Its bias, shape (classes,).
+        dense: Weight (hidden, hidden) and bias (hidden,) of a tanh layer before it, or None.
+    """
+
+    pooling: Literal["mean", "cls"]
+    weight: FloatArray
+    bias: FloatArray
+    dense: tuple[FloatArray, FloatArray] | None = None
 
 
 def find_encoder_source(package: str = PACKAGE) -> Path:
@@ -102,6 +127,56 @@ def export_encoder(
     return out
 
 
+def encoder_shape(config: Mapping[str, Any]) -> tuple[EncoderShape, int]:
+    """Return the sizes of an encoder of BERT's family and its first position.
+
+    Args:
+        config: The encoder's Hugging Face configuration.
+
+    Raises:
+        IncompatibleArtifactError: If it is of a family that the graph writer doesn't know.
+    """
+    family, activation = config.get("model_type"), config.get("hidden_act")
+    known = family in FIRST_POSITIONS and activation == "gelu"
+    embedding = config.get("embedding_size") or config.get("hidden_size")
+    plain = config.get("position_embedding_type") in (None, "absolute")
+    if not known or not plain or embedding != config.get("hidden_size"):
+        raise IncompatibleArtifactError(
+            f"an encoder of model_type {family!r} with hidden_act {activation!r} cannot be "
+            f"exported; known are {', '.join(FIRST_POSITIONS)} with 'gelu', absolute positions "
+            "and embeddings as wide as the hidden states"
+        )
+    first = 0
+    if FIRST_POSITIONS[str(family)]:
+        padding = config.get("pad_token_id")
+        first = FIRST_POSITIONS[str(family)] if padding is None else int(padding) + 1
+    return _shape(config), first
+
+
+def write_classifier(
+    weights: Mapping[str, FloatArray],
+    shape: EncoderShape,
+    head: ClassifierHead,
+    *,
+    first_position: int = 0,
+    precision: Precision = "int8",
+) -> bytes:
+    """Return the ONNX model of a fine-tuned encoder: `ids` (1, length) -> `logits` (1, classes).
+
+    Args:
+        weights: The encoder's weights by their Hugging Face names, without the model's prefix.
+        shape: Sizes, from `encoder_shape`.
+        head: Pooling and layers on top; always kept in 32 bits.
+        first_position: Row of the position table that the first token takes.
+        precision: `int8` is a quarter of the size and faster; `float32` agrees with torch.
+
+    Raises:
+        IncompatibleArtifactError: If a weight is missing.
+    """
+    writer = _GraphWriter(weights, shape, first_position=first_position, precision=precision)
+    return writer.write_classifier(head)
+
+
 def _source_hash(folder: Path) -> str:
     digest = hashlib.sha256(f"unlearn-guard encoder export {FORMAT}".encode())
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
@@ -135,19 +210,34 @@ def _read_source(folder: Path) -> tuple[EncoderShape, dict[str, FloatArray]]:
             f"the encoder's model_type and hidden_act are {kind}; only ('bert', 'gelu') can be "
             "exported"
         )
-    shape = EncoderShape(
+    return _shape(config), load_file(folder / "model.safetensors")
+
+
+def _shape(config: Mapping[str, Any]) -> EncoderShape:
+    return EncoderShape(
         config["hidden_size"],
         config["num_hidden_layers"],
         config["num_attention_heads"],
         config["layer_norm_eps"],
     )
-    return shape, load_file(folder / "model.safetensors")
 
 
 def _tokenizer_json(folder: Path) -> str:
-    """Take truncation and padding out of the tokenizer, and cut words too long for WordPiece."""
-    data: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    data["truncation"] = data["padding"] = data["post_processor"] = None
+    return serving_tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+
+
+def serving_tokenizer(settings: Mapping[str, Any]) -> str:
+    """Take truncation and padding out of a tokenizer, and cut words too long for WordPiece.
+
+    Args:
+        settings: Content of a `tokenizer.json`; not modified.
+
+    Returns:
+        The new content.
+    """
+    data = {**settings, "truncation": None, "padding": None, "post_processor": None}
+    if data["model"]["type"] != "WordPiece":
+        return json.dumps(data, ensure_ascii=False, sort_keys=True)
     cut = {
         "type": "Split",
         "pattern": {"Regex": rf"\S{{{MAX_WORD}}}"},
@@ -179,17 +269,23 @@ def _write_config(out: Path, shape: EncoderShape, digest: str) -> None:
 
 
 class _GraphWriter:
-    """Builds the ONNX graph of a BERT encoder, 8-bit weights inside."""
+    """Builds the ONNX graph of a BERT encoder, by default with 8-bit weights inside."""
 
-    def __init__(self, weights: Mapping[str, FloatArray], shape: EncoderShape) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, FloatArray],
+        shape: EncoderShape,
+        *,
+        first_position: int = 0,
+        precision: Precision = "int8",
+    ) -> None:
         self._weights, self._shape = weights, shape
+        self._first_position, self._precision = first_position, precision
         self._nodes: list[Any] = []
         self._initializers: list[Any] = []
 
     def write(self) -> bytes:
         """Return the serialised model: input `ids` (one window); outputs `features`, `tokens`."""
-        from onnx import TensorProto, helper
-
         hidden = self._embeddings()
         pooled = [self._pool(hidden)]
         for layer in range(self._shape.layers):
@@ -198,15 +294,37 @@ class _GraphWriter:
         self._op("Concat", pooled, output="features", axis=1)
         self._op("Identity", [hidden], output="tokens")
         width = self._shape.hidden * (self._shape.layers + 1)
+        shapes: dict[str, list[int | str]] = {
+            "features": [1, width],
+            "tokens": [1, "length", self._shape.hidden],
+        }
+        return self._serialise("encoder", shapes)
+
+    def write_classifier(self, head: ClassifierHead) -> bytes:
+        """Return the serialised model: input `ids` (one window); output `logits`."""
+        hidden = self._embeddings()
+        for layer in range(self._shape.layers):
+            hidden = self._layer(hidden, layer)
+        if head.pooling == "mean":
+            pooled = self._pool(hidden)
+        else:
+            first = self._op("Gather", [hidden, self._const(np.array([0], np.int64))], axis=1)
+            pooled = self._op("Squeeze", [first, self._const(np.array([1], np.int64))])
+        if head.dense is not None:
+            pooled = self._op("Tanh", [self._affine(pooled, *head.dense)])
+        self._affine(pooled, head.weight, head.bias, output="logits")
+        return self._serialise("classifier", {"logits": [1, len(head.bias)]})
+
+    def _serialise(self, name: str, outputs: Mapping[str, list[int | str]]) -> bytes:
+        from onnx import TensorProto, helper
+
         graph = helper.make_graph(
             self._nodes,
-            "encoder",
+            name,
             [helper.make_tensor_value_info("ids", TensorProto.INT64, [1, "length"])],
             [
-                helper.make_tensor_value_info("features", TensorProto.FLOAT, [1, width]),
-                helper.make_tensor_value_info(
-                    "tokens", TensorProto.FLOAT, [1, "length", self._shape.hidden]
-                ),
+                helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)
+                for output, shape in outputs.items()
             ],
             self._initializers,
         )
@@ -249,17 +367,23 @@ class _GraphWriter:
         bias = self._const(self._weight(f"{prefix}.bias"))
         return self._op("LayerNormalization", [value, scale, bias], epsilon=self._shape.eps)
 
-    def _embeddings(self) -> str:
+    def _words(self) -> str:
         from onnx import TensorProto
 
         words = self._weight("embeddings.word_embeddings.weight")
+        if self._precision == "float32":
+            return self._op("Gather", [self._const(words), "ids"])
         scale = np.maximum(np.abs(words).max(axis=1, keepdims=True) / 127.0, 1e-12)
         table = self._const(np.clip(np.rint(words / scale), -127, 127).astype(np.int8))
         codes = self._op("Cast", [self._op("Gather", [table, "ids"])], to=TensorProto.FLOAT)
         scales = self._op("Gather", [self._const(scale.astype(np.float32)), "ids"])
-        value = self._op("Mul", [codes, scales])
+        return self._op("Mul", [codes, scales])
+
+    def _embeddings(self) -> str:
+        value = self._words()
         types = self._weight("embeddings.token_type_embeddings.weight")[0]
-        places = self._const(self._weight("embeddings.position_embeddings.weight") + types)
+        rows = self._weight("embeddings.position_embeddings.weight")[self._first_position :]
+        places = self._const(rows + types)
         length = self._op("Shape", ["ids"], start=1, end=2)
         start = self._const(np.array([0], np.int64))
         places = self._op("Slice", [places, start, length, start])
@@ -268,6 +392,8 @@ class _GraphWriter:
     def _linear(self, value: str, names: Sequence[str]) -> str:
         matrix = np.concatenate([self._weight(f"{n}.weight") for n in names]).T
         bias = np.concatenate([self._weight(f"{n}.bias") for n in names])
+        if self._precision == "float32":
+            return self._affine(value, matrix.T, bias)
         scale = np.maximum(np.abs(matrix).max(axis=0) / 64.0, 1e-12).astype(np.float32)
         codes = np.clip(np.rint(matrix / scale), -64, 64).astype(np.int8)
         inputs = [codes, scale, np.zeros(len(scale), np.int8), bias]
@@ -276,6 +402,13 @@ class _GraphWriter:
             [value, *(self._const(array) for array in inputs)],
             domain="com.microsoft",
         )
+
+    def _affine(
+        self, value: str, weight: FloatArray, bias: FloatArray, output: str | None = None
+    ) -> str:
+        """Append `value` times the transpose of `weight`, plus `bias`, in 32 bits."""
+        product = self._op("MatMul", [value, self._const(weight.T)])
+        return self._op("Add", [product, self._const(bias)], output=output)
 
     def _layer(self, hidden: str, layer: int) -> str:
         prefix = f"encoder.layer.{layer}"

@@ -2,66 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from classifiers.augment import Sample
-from classifiers.calibrate import Calibration, wilson_interval
+from classifiers.calibrate import TargetCalibration, wilson_interval
 from guard.types import FloatArray
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Held-out scores by kind of sample; benign and retain texts plain and framed."""
+    """Held-out scores of forget texts.
 
-    forget: FloatArray
-    unseen: FloatArray
-    variants: FloatArray
-    retain: FloatArray
-    benign: FloatArray
-    neighbours: FloatArray
+    Attributes:
+        plain: The rows as they are, each scored without its fold.
+        varied: Their variants: framed, misspelt, recased, among other texts.
+        held_out: False where there were too few rows to leave any out.
+    """
 
-    @classmethod
-    def collect(cls, samples: Sequence[Sample], scores: FloatArray) -> HeldOut:
-        """Sort the samples' held-out scores by kind."""
-        kinds = np.array([sample.kind for sample in samples])
-        return cls(
-            *(
-                scores[kinds == k]
-                for k in ("plain", "unseen", "variant", "retain", "benign", "neighbour")
-            )
-        )
+    plain: FloatArray
+    varied: FloatArray
+    held_out: bool
+
+    @property
+    def all(self) -> FloatArray:
+        """All scores."""
+        return np.concatenate([self.plain, self.varied])
 
 
 def held_out_report(
-    counts: Mapping[str, int], scored: HeldOut, calibration: Calibration, budget: float
+    counts: Mapping[str, int | str],
+    forget: HeldOut,
+    benign: FloatArray,
+    retain: FloatArray,
+    calibration: TargetCalibration,
 ) -> dict[str, Any]:
-    """Return counts, threshold, recall and false-positive rates; numbers only."""
-    figures: dict[str, Any] = {
-        "method": "eco",
+    """Return counts and quantiles of held-out scores; numbers only.
+
+    Rates follow when the bundle's threshold is known: see `rates`.
+    """
+    return {
+        "method": "guard",
         **counts,
-        "fpr_budget": budget,
-        "threshold": calibration.threshold,
-        "median_forget": calibration.median_forget,
+        "held_out": forget.held_out,
+        "forget_low": calibration.forget_low,
+        "forget_median": calibration.forget_median,
+        "benign_highest": float(calibration.scores[0]) if len(calibration.scores) else None,
+        "scores": {
+            "recall": _steps(forget.plain),
+            "recall_variants": _steps(forget.varied),
+            "fpr_benign": _steps(np.sort(benign)[::-1][:100], len(benign)),
+            "fpr_retain": _steps(np.sort(retain)[::-1][:100], len(retain)),
+        },
     }
-    rates = {
-        "recall": scored.forget,
-        "recall_unseen_names": scored.unseen,
-        "recall_variants": scored.variants,
-        "fpr_benign": scored.benign,
-        "fpr_retain": scored.retain,
-        "fpr_synthetic_neighbours": scored.neighbours,
-    }
-    for key, scores in rates.items():
-        hits = int((scores >= calibration.threshold).sum())
-        low, high = wilson_interval(hits, len(scores))
+
+
+def rates(report: Mapping[str, Any], threshold: float) -> dict[str, Any]:
+    """Return a target's report with its rates at a threshold, and without the scores."""
+    figures = {key: value for key, value in report.items() if key != "scores"}
+    figures["threshold"] = threshold
+    for key, (scores, total) in report.get("scores", {}).items():
+        hits = sum(score >= threshold for score in scores)
+        low, high = wilson_interval(hits, total)
         figures[key] = {
             "hits": hits,
-            "n": len(scores),
-            "rate": hits / len(scores) if len(scores) else None,
+            "n": total,
+            "rate": hits / total if total else None,
             "interval95": [low, high],
         }
     return figures
+
+
+def _steps(scores: FloatArray, total: int | None = None) -> tuple[list[float], int]:
+    return [round(float(score), 3) for score in scores], len(scores) if total is None else total

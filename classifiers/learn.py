@@ -1,54 +1,48 @@
-"""Learn one target's detector: lexicon, prompt classifier, calibration.
+"""Learn one target's detector: prototypes, topic head, lexicon, quotations, calibration.
 
-Everything that calibrates is held out: folds share no source row, and each fold's texts are seen
-through a lexicon that was made without them. The final head is then fitted on all folds.
+Nothing here looks at a benchmark; see `classifiers.study` for what is held out and how.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from classifiers.augment import (
-    ForgetRow,
-    Sample,
-    forget_samples,
-    negative_samples,
-    synthetic_neighbour,
+from classifiers.augment import ForgetRow
+from classifiers.background import Background
+from classifiers.calibrate import (
+    LEAST_SCORE,
+    TAIL_SHARE,
+    cautious_budget,
+    fit_tail,
+    fit_target,
+    tail_quantile,
 )
-from classifiers.calibrate import fit_calibration
-from classifiers.detector import TargetArtifact
-from classifiers.eco import PENALTY, LinearHead, class_weights, fit_logistic, stack
-from classifiers.encoder import OnnxEncoder, TextFeatures
+from classifiers.encoder import OnnxEncoder
+from classifiers.evidence import Fusion
+from classifiers.evidence import terms as fused_terms
 from classifiers.figures import HeldOut, held_out_report
-from classifiers.folds import cluster_folds
-from classifiers.lexicon import FEATURES, Lexicon, entity_floor
-from classifiers.terms import (
-    TermCounts,
-    Words,
-    build_weights,
-    count_known,
-    count_terms,
-    find_names,
-    split_words,
-    term_candidates,
-)
-from guard.errors import DataError
-from guard.types import BoolArray, FloatArray, Progress
+from classifiers.forgetset import ForgetSet, take_apart
+from classifiers.fusion import FUSION
+from classifiers.lexicon import STRONG, Lexicon
+from classifiers.logistic import fit_fusion
+from classifiers.prototypes import MAX_PROTOTYPES, condense
+from classifiers.study import Held, Neighbours, Study, Tools
+from classifiers.target import TargetArtifact
+from classifiers.terms import STOP_WORDS
+from classifiers.termtable import TermTable
+from classifiers.verbatim import GramHasher, HashArray, forget_grams
+from guard.types import Progress
 
-FOLDS = 4
-MIN_FORGET = 8
-MIN_BENIGN = 200
-RETAIN_FRAMES = 1
-FRAMED_BENIGN_SHARE = 0.15
-MIN_OVERLAP = 0.5
-"""Share of a question that a window must see to count as a positive."""
+Kind = Literal["entity", "topic"]
+"""`entity`: a person, a book, a company; names decide. `topic`: a field of knowledge; what a text
+is about decides, and the terms given add to it."""
 
-ENCODE_AT_ONCE = 128
+FRAME_RANK = 1250
+"""Words more frequent than this make up the frames of questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,326 +51,175 @@ class LearnedDetector:
 
     Attributes:
         artifact: What goes into the bundle.
-        report: Counts, threshold, held-out rates with 95 % intervals; numbers only, no text.
+        report: Counts and held-out rates with 95 % intervals; numbers only, no text.
     """
 
     artifact: TargetArtifact
     report: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    prompt: str
-    answer: str | None
-
-
-@dataclass(slots=True)
-class _Table:
-    """Window-level training data; row i of each array speaks of the same window."""
-
-    inputs: FloatArray
-    labels: NDArray[np.int64]
-    folds: NDArray[np.int64]
-    samples: NDArray[np.int64]
-    importance: FloatArray
-    trains: BoolArray
-
-
-class _Encode:
-    """Encodes each distinct text once while a target is learned, and reports how far it is."""
-
-    def __init__(self, encoder: OnnxEncoder, report: Progress) -> None:
-        self._encoder, self._report = encoder, report
-        self._known: dict[str, TextFeatures] = {}
-
-    def __call__(self, texts: Sequence[str]) -> list[TextFeatures]:
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        for first in range(0, len(new), ENCODE_AT_ONCE):
-            part = new[first : first + ENCODE_AT_ONCE]
-            self._known.update(zip(part, self._encoder.encode(part), strict=True))
-            self._report("detector: encoding", first + len(part), len(new))
-        return [self._known[text] for text in texts]
-
-    def topics(self, texts: Sequence[str]) -> FloatArray:
-        """Return each text's mean last-layer state, shape (texts, hidden)."""
-        width = self._encoder.hidden
-        rows = [text.features[:, -width:].mean(axis=0) for text in self(texts)]
-        return np.stack(rows) if rows else np.zeros((0, width), np.float32)
-
-
-@dataclass(slots=True)
-class _Material:
-    """The cleaned texts of one target, and their folds."""
-
-    forget: list[_Row]
-    retain: list[str]
-    benign: list[str]
-    forget_folds: NDArray[np.int64] = field(init=False)
-    retain_folds: NDArray[np.int64] = field(init=False)
-    benign_folds: NDArray[np.int64] = field(init=False)
-
-    def deal(self, encode: _Encode, rng: np.random.Generator) -> None:
-        """Deal every row into a fold: forget rows at random, others by whole clusters.
-
-        A benign set has many texts of a kind; were they dealt one by one, each held-out text would
-        have siblings among the training texts, and the calibration would promise too much for the
-        traffic to come.
-        """
-        self.forget_folds = rng.permutation(np.arange(len(self.forget)) % FOLDS)
-        self.retain_folds = cluster_folds(encode.topics(self.retain), FOLDS, rng)
-        self.benign_folds = cluster_folds(encode.topics(self.benign), FOLDS, rng)
-
-
-def learn_detector(
-    name: str,
-    forget: Sequence[ForgetRow],
-    retain: Sequence[str],
-    benign: Sequence[str],
-    encoder: OnnxEncoder,
-    normalise: Callable[[str], str],
-    seed: int = 0,
-    fpr_budget: float = 1e-3,
-    progress: Progress | None = None,
-) -> LearnedDetector:
-    """Learn lexicon, classifier and calibration of one target.
+class TargetLearner:
+    """Learns targets on one background.
 
     Args:
-        name: The target's name.
-        forget: Rows to forget.
-        retain: Neighbouring texts to keep; may be empty.
-        benign: General prompts.
+        background: General text.
         encoder: The bundle's encoder.
-        normalise: What serving does to a text before it is encoded.
-        seed: The same seed and data give the same artifact.
-        fpr_budget: Share of benign requests that may be flagged.
-        progress: Called as `progress(step, done, total)`.
-
-    Raises:
-        DataError: If there are too few texts, or the budget is not a share.
-    """
-    report = progress or (lambda what, done, total: None)
-    rng = np.random.default_rng(seed)
-    material = _clean(forget, retain, benign, normalise)
-    encode = _Encode(encoder, report)
-    material.deal(encode, rng)
-    lexicons = _lexicons(material, encoder)
-    report("detector: names", 1, 1)
-    samples, folds = _samples(material, lexicons.full, rng)
-    table = _tabulate(samples, folds, lexicons, encode)
-    head, held_out = _cross_fit(table, len(samples), report)
-    scored = HeldOut.collect(samples, held_out)
-    calibration = fit_calibration(scored.benign, scored.forget, fpr_budget, scored.retain)
-    artifact = TargetArtifact(name, head, calibration, lexicons.full, encoder.source_hash)
-    counts = {
-        "forget_rows": len(material.forget),
-        "retain_texts": len(material.retain),
-        "benign_texts": len(material.benign),
-        "lexicon_terms": len(lexicons.full.weights),
-        "folds": FOLDS,
-    }
-    figures = held_out_report(counts, scored, calibration, fpr_budget)
-    return LearnedDetector(artifact, figures)
-
-
-def _clean(
-    forget: Sequence[ForgetRow],
-    retain: Sequence[str],
-    benign: Sequence[str],
-    normalise: Callable[[str], str],
-) -> _Material:
-    rows = {
-        normalise(row.prompt).strip(): normalise(row.answer).strip() if row.answer else None
-        for row in forget
-        if row.prompt.strip()
-    }
-    kept = _distinct(retain, normalise, set(rows))
-    general = _distinct(benign, normalise, {*rows, *kept})
-    if len(rows) < MIN_FORGET:
-        raise DataError(f"{len(rows)} distinct forget rows; at least {MIN_FORGET} are needed")
-    if len(general) < MIN_BENIGN:
-        raise DataError(f"{len(general)} distinct benign texts; at least {MIN_BENIGN} are needed")
-    return _Material([_Row(prompt, answer) for prompt, answer in rows.items()], kept, general)
-
-
-def _distinct(texts: Sequence[str], normalise: Callable[[str], str], taken: set[str]) -> list[str]:
-    found = dict.fromkeys(normalise(text).strip() for text in texts)
-    return [text for text in found if text and text not in taken]
-
-
-@dataclass(frozen=True, slots=True)
-class _Lexicons:
-    """Lexicons that were made without a fold's texts.
-
-    Attributes:
-        named: Per fold, without its benign and retain texts; all forget rows' names are known.
-        unseen: Per fold, without its forget rows too.
-        full: Made of everything; what goes into the bundle.
+        hasher: Hashes quotations under the guard's key.
+        normalise: What serving does to a text before it is read.
+        neighbours: Retain texts; None if there are none.
+        fusion: How evidence is weighed.
+        effort: Variants of each forget row that are tried, 0 to 5; fewer is faster.
     """
 
-    named: list[Lexicon]
-    unseen: list[Lexicon]
-    full: Lexicon
+    def __init__(
+        self,
+        background: Background,
+        encoder: OnnxEncoder,
+        hasher: GramHasher,
+        normalise: Callable[[str], str],
+        neighbours: Neighbours | None = None,
+        fusion: Fusion = FUSION,
+        effort: int = 5,
+    ) -> None:
+        self.tools = Tools(background, encoder, neighbours, effort)
+        self.hasher, self.normalise, self.fusion = hasher, normalise, fusion
+        self._common: HashArray | None = None
 
-    def of(self, sample: Sample, fold: int) -> Lexicon:
-        return (self.named if sample.named else self.unseen)[fold]
+    def learn(
+        self,
+        name: str,
+        forget: Sequence[ForgetRow],
+        seed: int = 0,
+        terms: Sequence[str] = (),
+        progress: Progress | None = None,
+        kind: Kind = "entity",
+        budget: float = 1e-3,
+    ) -> LearnedDetector:
+        """Learn one target.
 
+        Args:
+            name: The target's name.
+            forget: Rows to forget; a single sentence is enough to begin with.
+            seed: The same seed and data give the same artifact.
+            terms: Names, titles or technical terms that stand for the target.
+            progress: Called as `progress(step, done, total)`.
+            kind: What the target is.
+            budget: Share of benign requests that a topic may flag alone.
 
-def _lexicons(material: _Material, encoder: OnnxEncoder) -> _Lexicons:
-    texts = [f"{row.prompt}\n{row.answer or ''}" for row in material.forget]
-    names = find_names(texts)
-    mine = [term_candidates(text) for text in texts]
-    terms: set[Words] = set().union(*mine)
-    kinds = [
-        _Background.of(texts_of_kind, folds, terms)
-        for texts_of_kind, folds in (
-            (material.retain, material.retain_folds),
-            (material.benign, material.benign_folds),
+        Raises:
+            DataError: If there is nothing to learn from.
+        """
+        report = progress or (lambda what, done, total: None)
+        forgotten = take_apart(forget, terms, self.normalise)
+        study = self._study(forgotten, seed, kind)
+        report("detector: rows", 1, 3)
+        evidence, texts = study.background_evidence(), self.tools.background.texts
+        owners = self.tools.background.segments.owners
+        benign = Held(evidence, owners, len(texts))
+        naming = sorted(set(owners[evidence[:, 3] >= STRONG].tolist()))
+        plain, varied = study.plain(), study.varied()
+        report("detector: evidence", 2, 3)
+        own = _fit_topic([plain, varied], benign, budget) if kind == "topic" else None
+        fusion = own or self.fusion
+        held_out = HeldOut(plain.scores(fusion), varied.scores(fusion), study.can_hold_out)
+        retain = self._retain(study).scores(fusion)
+        scores = benign.scores(fusion)
+        grams = self._grams(forgotten, study.lexicon)
+        artifact = TargetArtifact(
+            name=name,
+            head=study.head / np.float32(study.spread),
+            prototypes=condense(study.prototypes, MAX_PROTOTYPES),
+            lexicon=study.lexicon,
+            grams=grams,
+            calibration=fit_target(scores, naming, held_out.all, retain, len(texts)),
+            encoder_hash=self.tools.encoder.source_hash,
+            fusion=own,
         )
-    ]
+        report("detector: calibration", 3, 3)
+        counts: dict[str, int | str] = {
+            "kind": kind,
+            "forget_rows": len(forget),
+            "retain_texts": len(retain),
+            "benign_texts": len(texts),
+            "lexicon_terms": len(study.lexicon.weights),
+            "prototypes": len(artifact.prototypes),
+            "grams": len(grams),
+        }
+        figures = held_out_report(counts, held_out, scores, retain, artifact.calibration)
+        return LearnedDetector(artifact, figures)
 
-    def make(rows: Sequence[set[Words]], fold: int | None) -> Lexicon:
-        counts = [kind.without(fold) for kind in kinds]
-        weights = build_weights(count_terms(rows), counts, names.__contains__, encoder.word_rank)
-        words = set().union(*(kind.words_without(fold) for kind in kinds))
-        return Lexicon(weights, encoder.is_common).without(words)
+    def study(self, forget: Sequence[ForgetRow], seed: int = 0) -> Study:
+        """Return everything known of an entity before evidence is fused; fits the fusion."""
+        return self._study(take_apart(forget, (), self.normalise), seed, "entity")
 
-    named = [make(mine, fold) for fold in range(FOLDS)]
-    unseen = [
-        make([row for row, at in zip(mine, material.forget_folds, strict=True) if at != fold], fold)
-        for fold in range(FOLDS)
-    ]
-    return _Lexicons(named, unseen, make(mine, None))
+    def _study(self, forgotten: ForgetSet, seed: int, kind: Kind) -> Study:
+        table = self._count(forgotten)
+        lexicon = table.lexicon()
+        if kind == "topic":
+            # Names in examples of a topic are anybody's: the terms given are its lexicon.
+            weights = {t: w for t, w in lexicon.weights.items() if t in table.given}
+            lexicon = replace(lexicon, weights=weights, primary=frozenset())
+        return Study(self.tools, forgotten, table, np.random.default_rng(seed), lexicon)
 
+    def _count(self, forgotten: ForgetSet) -> TermTable:
+        others = [self.tools.background.index]
+        if self.tools.neighbours is not None:
+            others.append(self.tools.neighbours.index)
+        rank = self.tools.encoder.word_rank
+        return TermTable.count(forgotten.documents, others, rank, forgotten.terms)
 
-@dataclass(frozen=True, slots=True)
-class _Background:
-    """One kind of other texts: which terms and words each fold of it holds."""
+    def _retain(self, study: Study) -> Held:
+        kept = self.tools.neighbours
+        if kept is None:
+            return Held(study.retain_evidence(), np.zeros(0, np.int64), 0)
+        return Held(study.retain_evidence(), kept.segments.owners, len(kept.texts))
 
-    counts: list[TermCounts]
-    words: list[set[str]]
+    def _grams(self, forgotten: ForgetSet, lexicon: Lexicon) -> HashArray:
+        # A question's frame is anybody's; its names, rare words and dates are the target's.
+        rank = self.tools.encoder.word_rank
+        known = {
+            word
+            for term in lexicon.weights
+            for word in term
+            if rank(word) is None or (term in lexicon.primary and word not in STOP_WORDS)
+        }
+        return forget_grams(
+            forgotten.questions,
+            forgotten.passages[: forgotten.answers],
+            forgotten.passages[forgotten.answers :],
+            self.hasher,
+            known,
+            lambda word: (place := rank(word)) is not None and place < FRAME_RANK,
+            self._common_grams(),
+        )
 
-    @classmethod
-    def of(cls, texts: Sequence[str], folds: NDArray[np.int64], terms: set[Words]) -> _Background:
-        found = count_known(texts, terms)
-        counts, words = [], []
-        for fold in range(FOLDS):
-            mine = np.flatnonzero(folds == fold)
-            counts.append(count_terms(found[int(n)] for n in mine))
-            words.append({word for n in mine for word, _, _ in split_words(texts[int(n)])})
-        return cls(counts, words)
-
-    def without(self, fold: int | None) -> TermCounts:
-        total = TermCounts()
-        for number, part in enumerate(self.counts):
-            if number != fold:
-                total += part
-        return total
-
-    def words_without(self, fold: int | None) -> set[str]:
-        return set().union(*(w for number, w in enumerate(self.words) if number != fold))
-
-
-def _samples(
-    material: _Material, lexicon: Lexicon, rng: np.random.Generator
-) -> tuple[list[Sample], NDArray[np.int64]]:
-    samples: list[Sample] = []
-    folds: list[int] = []
-
-    def add(found: Sequence[Sample], fold: int) -> None:
-        samples.extend(found)
-        folds.extend([fold] * len(found))
-
-    for number, row in enumerate(material.forget):
-        fold = int(material.forget_folds[number])
-        mates = [material.benign[n] for n in np.flatnonzero(material.benign_folds == fold)]
-        add(forget_samples(row, number, mates, rng), fold)
-        for text in (row.prompt, f"{row.prompt}\n{row.answer or ''}"):
-            other = synthetic_neighbour(text, lexicon, rng)
-            if other:
-                add(negative_samples(other, number, "neighbour", rng), fold)
-    for number, text in enumerate(material.retain):
-        found = negative_samples(text, number, "retain", rng, RETAIN_FRAMES)
-        add(found, int(material.retain_folds[number]))
-    for number, text in enumerate(material.benign):
-        frames = int(rng.random() < FRAMED_BENIGN_SHARE)
-        found = negative_samples(text, number, "benign", rng, frames)
-        add(found, int(material.benign_folds[number]))
-    return samples, np.array(folds, np.int64)
-
-
-def _tabulate(
-    samples: Sequence[Sample],
-    folds: NDArray[np.int64],
-    lexicons: _Lexicons,
-    encode: _Encode,
-) -> _Table:
-    inputs, places, importance, trains = [], [], [], []
-    encoded = encode([sample.text for sample in samples])
-    for number, (sample, text) in enumerate(zip(samples, encoded, strict=True)):
-        names = lexicons.of(sample, int(folds[number])).features(sample.text, text.windows)
-        seen = _overlaps(sample, text.windows)
-        inputs.append(np.concatenate([text.features, names], axis=1))
-        places.extend([number] * len(text.windows))
-        trains.extend(seen)
-        importance.extend([1.0 / np.sqrt(max(1, sum(seen)))] * len(text.windows))
-    owners = np.array(places, np.int64)
-    labels = np.array([sample.label for sample in samples], np.int64)
-    return _Table(
-        np.concatenate(inputs),
-        labels[owners],
-        folds[owners],
-        owners,
-        np.array(importance, np.float32),
-        np.array(trains, np.bool_),
-    )
+    def _common_grams(self) -> HashArray:
+        if self._common is None:
+            indexes = [self.tools.background.index]
+            if self.tools.neighbours is not None:
+                indexes.append(self.tools.neighbours.index)
+            parts = [
+                self.hasher.grams([word for word, _, _ in words])
+                for index in indexes
+                for words in index.words
+            ]
+            self._common = np.unique(np.concatenate(parts))
+        return self._common
 
 
-def _overlaps(sample: Sample, windows: Sequence[tuple[int, int]]) -> list[bool]:
-    """Tell which windows see enough of the part that the label speaks of."""
-    shared = [max(0, min(sample.end, end) - max(sample.start, start)) for start, end in windows]
-    if not sample.label:
-        return [True] * len(windows)
-    needed = min(MIN_OVERLAP * (sample.end - sample.start), max(shared))
-    sizes = [end - start for start, end in windows]
-    return [part >= needed or part >= 0.8 * size for part, size in zip(shared, sizes, strict=True)]
+def _fit_topic(forget: Sequence[Held], benign: Held, budget: float) -> Fusion:
+    """Fit a topic's own fusion on held-out evidence, on the scale that thresholds stand on.
 
-
-def _cross_fit(table: _Table, samples: int, report: Progress) -> tuple[LinearHead, FloatArray]:
-    """Fit a head without each fold, and one on all; returns it and the samples' held-out scores."""
-    features = table.inputs[:, :-FEATURES]
-    names = table.inputs[:, -FEATURES:].copy()
-    mean = features[table.trains].mean(axis=0, dtype=np.float64).astype(np.float32)
-    scale = np.maximum(features[table.trains].std(axis=0, dtype=np.float64), 1e-3)
-    scale = scale.astype(np.float32)
-    features -= mean
-    features /= scale
-    weight, bias = _fit(table, features, table.trains, None)
-    report("detector: fitting", 1, FOLDS + 1)
-    held_out = np.zeros(len(features), np.float32)
-    for fold in range(FOLDS):
-        others = table.trains & (table.folds != fold)
-        slope, offset = _fit(table, features, others, (weight, bias))
-        mine = table.folds == fold
-        held_out[mine] = features[mine] @ slope + np.float32(offset)
-        report("detector: fitting", fold + 2, FOLDS + 1)
-    topic = LinearHead(weight, bias, mean, scale)
-    labels, chosen = table.labels, table.trains
-    weights = class_weights(labels[chosen], table.importance[chosen])
-    head = stack(topic, held_out[chosen], names[chosen], labels[chosen], weights)
-    share = head.weight[: len(weight)] @ weight / max(float(weight @ weight), 1e-12)
-    scores = share * (held_out - bias) + names @ head.weight[len(weight) :] + head.bias
-    scores = entity_floor(scores, names)
-    best = np.full(samples, -np.inf, np.float32)
-    np.maximum.at(best, table.samples, scores.astype(np.float32))
-    return head, best
-
-
-def _fit(
-    table: _Table,
-    features: FloatArray,
-    chosen: BoolArray,
-    start: tuple[FloatArray, float] | None,
-) -> tuple[FloatArray, float]:
-    labels = table.labels[chosen]
-    weights = class_weights(labels, table.importance[chosen])
-    return fit_logistic(features[chosen], labels, weights, PENALTY, start)
+    A topic has the rows to do so, and no name that decides. The intercept is moved so that the
+    share `budget` of benign texts reaches `LEAST_SCORE`.
+    """
+    points = [fused_terms(held.evidence) for held in forget] + [fused_terms(benign.evidence)]
+    sizes = [len(part) for part in points]
+    labels = np.repeat([True] * len(forget) + [False], sizes)
+    weights = np.where(labels, 0.5 / labels.sum(), 0.5 / (~labels).sum()).astype(np.float32)
+    fusion = fit_fusion(np.concatenate(points), labels, weights, FUSION)
+    scores = benign.scores(fusion)
+    count = len(scores)
+    tail = fit_tail(scores, TAIL_SHARE, count)
+    reached = tail_quantile(scores, cautious_budget(budget, count), tail)
+    return replace(fusion, bias=fusion.bias + LEAST_SCORE - reached)

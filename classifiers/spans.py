@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from classifiers.lexicon import FUZZY_FACTOR, STRONG, Lexicon
+from classifiers.lexicon import FUZZY_FACTOR, STRONG, LexicalReading
 
 Place = tuple[int, int]
 
@@ -28,15 +28,15 @@ def merge_places(places: Iterable[Place], gap: int = 0) -> list[Place]:
     return merged
 
 
-def entity_places(text: str, lexicon: Lexicon) -> list[Place]:
-    """Return the places of the target's names and titles in a text.
+def entity_places(reading: LexicalReading, target: int) -> list[Place]:
+    """Return the places of a target's names and titles in a text.
 
     Weak terms (a place name, a common first name) count only beside a strong one.
     """
-    matches = lexicon.matches(text)
-    if not any(match.weight >= STRONG * FUZZY_FACTOR for match in matches):
+    matches = reading.of(target)
+    if not any(weight >= STRONG * FUZZY_FACTOR for _, weight in matches):
         return []
-    return merge_places(((match.start, match.end) for match in matches), GAP)
+    return merge_places(((match.start, match.end) for match, _ in matches), GAP)
 
 
 def blank_places(text: str, places: Iterable[Place]) -> str:

@@ -7,16 +7,16 @@ frequency-ordered vocabulary stands in for a list of general English.
 
 from __future__ import annotations
 
-import math
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 
 Words = tuple[str, ...]
 
 MIN_WEIGHT, MAX_WEIGHT = 3.0, 10.0
 MAX_TERM_WORDS = 6
+ACRONYM_LETTERS = 6
 
 SMOOTHING = 0.1
 """Background texts that a name is taken to occur in beyond those counted."""
@@ -25,24 +25,44 @@ UNKNOWN_WORD_SHARE = 1e-3
 """Share of general texts taken to hold a rare word that isn't written as a name."""
 
 
-_WORD = re.compile(r"[^\W_]+")
-_NAME = re.compile(
-    r"(?:[A-Z][\w'’]*|[A-Z]\.)"
-    r"(?:(?:[ .\-]+|\s(?:of|the|and|de|la|al|von|van|in|to|for|by|a|from|with)\s(?:the\s|a\s)?)"
-    r"(?:[A-Z][\w'’]*|[A-Z]\.|\d{1,2}))+"
+# Letters of Latin script apart from others: a Latin name may stand inside Chinese without a space.
+# The signs between those letters (¿ « » · ×) are none of them.
+_LATIN = r"0-9A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff\u0300-\u036f"
+_WORD = re.compile(rf"[{_LATIN}]+|(?:(?![{_LATIN}])[^\W_])+")
+_UNACCENTED = str.maketrans(
+    {"ł": "l", "ø": "o", "đ": "d", "ı": "i", "ß": "ss", "æ": "ae", "œ": "oe", "þ": "th", "ð": "d"}
 )
-_QUOTED = re.compile(r"[\"“«]([^\"”»\n]{3,60})[\"”»]")
+_UPPER = "".join(chr(code) for code in range(0x41, 0x1F00) if chr(code).isupper())
+_PARTICLE_TEXT = """
+    al bin da das de del della den der di do dos du e el ibn la le of ten ter the van von y zu
+"""
+PARTICLES = frozenset(_PARTICLE_TEXT.split())
+"""Small words that may stand inside a name."""
+
+_SMALL = "|".join(sorted({*PARTICLES, "and", "in", "to", "for", "a", "from", "with", "on"}))
+_NAME = re.compile(
+    rf"(?:[{_UPPER}]\.|[{_UPPER}][\w'’]*)"
+    rf"(?:(?:[ \-]+|(?<=\b[{_UPPER}]\.)\s?|\s(?:{_SMALL})\s(?:(?:the|a|la|der|den|los)\s)?)"
+    rf"(?:[{_UPPER}]\.|[{_UPPER}][\w'’]*|\d{{1,2}}))+"
+)
+_SHORTENED = re.compile(rf"\b(?:[{_UPPER}]|Mrs?|Ms|Dr|St|Prof)\.$")
+"""Before it a full stop ends no sentence: initials and titles."""
+
+_QUOTED = re.compile(r"[\"“«]([^\"”»\n]{3,60})[\"”»]|(?<!\w)['‘]([^'’\n]{3,60})['’](?!\w)")
 DATE = "date "
+_MONTH_NAMES = (
+    "january february march april may june july august september october november december".split()
+)
 _MONTHS = {
-    name: number
-    for number, name in enumerate(
-        ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"), 1
-    )
+    month[:size]: number
+    for number, month in enumerate(_MONTH_NAMES, 1)
+    for size in range(3, len(month) + 1)
 }
 _DATE = re.compile(
     r"\b(?:(?P<n1>\d{1,2})[/.\-](?P<n2>\d{1,2})[/.\-](?P<y1>\d{4})"
-    r"|(?P<y2>\d{4})-(?P<n3>\d{1,2})-(?P<n4>\d{1,2})"
-    r"|(?P<m1>[A-Za-z]{3,9})\.? (?P<d1>\d{1,2})(?:st|nd|rd|th)?,? (?:of |in )?(?P<y3>\d{4})"
+    r"|(?P<y2>\d{4})[/.\-](?P<n3>\d{1,2})[/.\-](?P<n4>\d{1,2})"
+    r"|(?P<m1>[A-Za-z]{3,9})\.? (?:the )?(?P<d1>\d{1,2})(?:st|nd|rd|th)?,?"
+    r" (?:of |in )?(?P<y3>\d{4})"
     r"|(?P<d2>\d{1,2})(?:st|nd|rd|th)?(?: day)?(?: of)? (?P<m2>[A-Za-z]{3,9})\.?,?"
     r"(?: of| in)?(?: the year)? (?P<y4>\d{4}))\b"
 )
@@ -52,15 +72,33 @@ _STOP_TEXT = """
     how i if in into is it its list may me more my name no not of on one or our out she so some
     such tell than that the their them there these they this to us was we were what when where
     which while who whom whose why will with would you your yes give describe explain
+    s t d m ll re ve
 """
 STOP_WORDS = frozenset(_STOP_TEXT.split())
 
+_OPENER_TEXT = """
+    after also although among another because before besides both compare despite discuss during
+    even every following however like many might must name please regarding several shall should
+    since state summarise summarize then though through throughout under unlike until upon were
+    while with within without write
+"""
+_OPENERS = frozenset(_OPENER_TEXT.split())
+"""Words that open sentences, never names."""
+
 
 def split_words(text: str) -> list[tuple[str, int, int]]:
-    """Return the case-folded words of a text with their code points; possessives are cut off."""
-    return [
-        (match.group().casefold(), match.start(), match.end()) for match in _WORD.finditer(text)
-    ]
+    """Return the folded words of a text with their code points; possessives are cut off."""
+    fold = str.casefold if text.isascii() else fold_word
+    return [(fold(match.group()), match.start(), match.end()) for match in _WORD.finditer(text)]
+
+
+def fold_word(word: str) -> str:
+    """Return a word in small letters and without accents, as names are often typed."""
+    if word.isascii():
+        return word.casefold()
+    plain = word.casefold().translate(_UNACCENTED)
+    parts = unicodedata.normalize("NFKD", plain)
+    return "".join(part for part in parts if not unicodedata.combining(part)) or plain
 
 
 def find_dates(text: str) -> list[tuple[str, int, int]]:
@@ -73,11 +111,11 @@ def find_dates(text: str) -> list[tuple[str, int, int]]:
         part = match.groupdict()
         year = part["y1"] or part["y2"] or part["y3"] or part["y4"]
         if month := (part["m1"] or part["m2"]):
-            pair = (_MONTHS.get(month[:3].casefold(), 0), int(part["d1"] or part["d2"]))
+            pair = (_MONTHS.get(month.casefold(), 0), int(part["d1"] or part["d2"]))
         else:
             pair = (int(part["n1"] or part["n3"]), int(part["n2"] or part["n4"]))
-        if min(pair) >= 1 and max(pair) <= 31:
-            low, high = sorted(pair)
+        low, high = sorted(pair)
+        if 1 <= low <= 12 and high <= 31:
             found.append((f"{DATE}{year}-{low}-{high}", match.start(), match.end()))
     return found
 
@@ -86,7 +124,7 @@ def term_candidates(text: str) -> set[Words]:
     """Return the words, names and quoted titles of one text that may become terms."""
     found: set[Words] = {(word,) for word, _, _ in (*split_words(text), *find_dates(text))}
     for match in (*_NAME.finditer(text), *_QUOTED.finditer(text)):
-        words = tuple(word for word, _, _ in split_words(match.group(match.lastindex or 0)))
+        words = tuple(word for word, _, _ in split_words(match[match.lastindex or 0]))
         found.update(_parts(words))
     return found
 
@@ -99,72 +137,10 @@ def _parts(words: Words) -> Iterable[Words]:
                 yield part
 
 
-@dataclass(slots=True)
-class TermCounts:
-    """In how many texts each term occurs; the counts of folds add."""
-
-    texts: int = 0
-    terms: Counter[Words] = field(default_factory=Counter)
-
-    def __add__(self, other: TermCounts) -> TermCounts:
-        return TermCounts(self.texts + other.texts, self.terms + other.terms)
-
-
-def count_terms(candidates: Iterable[set[Words]]) -> TermCounts:
-    """Count texts per term; each item is the candidate set of one text."""
-    counts = TermCounts()
-    for terms in candidates:
-        counts.texts += 1
-        counts.terms.update(terms)
-    return counts
-
-
-def count_known(texts: Iterable[str], terms: Iterable[Words]) -> list[set[Words]]:
-    """Return for each text which of `terms` occur in it, in whatever case."""
-    index = index_terms(terms)
-    return [
-        {term for _, _, term in find_terms(split_words(text), index)}
-        | {(date,) for date, _, _ in find_dates(text)}
-        for text in texts
-    ]
-
-
-def build_weights(
-    forget: TermCounts,
-    backgrounds: Sequence[TermCounts],
-    names: Callable[[str], bool],
-    rank: Callable[[str], int | None],
-) -> dict[Words, float]:
-    """Choose terms and weigh them.
-
-    Args:
-        forget: Counts over the forget rows (question and answer together).
-        backgrounds: Counts over each kind of other texts, e.g. benign and retain; each kind counts
-            the same, however few its texts are.
-        names: True for a word that the forget rows write with a capital inside a sentence.
-        rank: Place of a word in general English (0 is the most frequent), None if it is unknown.
-
-    Returns:
-        Terms with log-odds of at least MIN_WEIGHT.
-    """
-    weights: dict[Words, float] = {}
-    kinds = [kind for kind in backgrounds if kind.texts > 0]
-    texts = sum(kind.texts for kind in kinds)
-    for term, count in forget.terms.items():
-        if count <= 0 or not _may_be_term(term, count, names, rank):
-            continue
-        share = (count + 0.5) / (forget.texts + 1.0)
-        others = sum(max(kind.terms[term], 0) / kind.texts for kind in kinds) / max(1, len(kinds))
-        others += SMOOTHING / (texts + 1.0) + _prior(term, names, rank)
-        weight = min(math.log(share / others), MAX_WEIGHT)
-        if weight >= MIN_WEIGHT:
-            weights[term] = weight
-    return weights
-
-
-def _may_be_term(
+def may_be_term(
     term: Words, count: int, names: Callable[[str], bool], rank: Callable[[str], int | None]
 ) -> bool:
+    """Say whether a term of the forget texts can tell the target from others."""
     if len(term) > 1:
         return any(word not in STOP_WORDS and not word.isdigit() for word in term)
     word = term[0]
@@ -175,7 +151,9 @@ def _may_be_term(
     return names(word) or (rank(word) is None and count > 2)
 
 
-def _prior(term: Words, names: Callable[[str], bool], rank: Callable[[str], int | None]) -> float:
+def zipf_prior(
+    term: Words, names: Callable[[str], bool], rank: Callable[[str], int | None]
+) -> float:
     """Guess the share of general texts that hold a term, from Zipf's law over its rarest word."""
     ranks = [rank(word) for word in term]
     if any(place is None for place in ranks):
@@ -187,44 +165,52 @@ def _prior(term: Words, names: Callable[[str], bool], rank: Callable[[str], int 
     return float((3.0 / (rarest + 10.0)) ** max(1.0, 0.6 * content))
 
 
-def find_names(texts: Iterable[str]) -> set[str]:
+def find_names(
+    texts: Sequence[str], rank: Callable[[str], int | None] = lambda word: 0
+) -> set[str]:
     """Return words that are written with a capital in at least two of three places.
 
-    The first word of a sentence says nothing and isn't counted, unless it is never elsewhere.
+    The first word of a sentence says nothing and isn't counted, unless it is never elsewhere: then
+    it is a name before another name ("Ann Example was ..."), or where it is rare and comes again.
+    Texts in capitals say as little. Abbreviations ("LGBTQ") are everybody's, so they are no names.
+
+    Args:
+        texts: The texts.
+        rank: Place of a word in general English, None if it is a rare one.
     """
     upper: Counter[str] = Counter()
     total: Counter[str] = Counter()
+    openings: dict[str, list[str]] = {}
     for text in texts:
+        shouting = text.isupper()
         for match in _WORD.finditer(text):
-            before = text[: match.start()].rstrip(" \"'“‘(")
-            if not before or before[-1] in ".!?:\n":
+            written = match.group()
+            word = fold_word(written)
+            acronym = len(written) <= ACRONYM_LETTERS and written.isupper() and not shouting
+            if shouting or _opens_sentence(text, match.start()):
+                if written[0].isupper() and not acronym:
+                    behind = "" if shouting else _capital_after(text, match.end())
+                    openings.setdefault(word, []).append(behind)
                 continue
-            word = match.group()
-            total[word.casefold()] += 1
-            upper[word.casefold()] += word[0].isupper()
-    return {word for word, count in total.items() if 3 * upper[word] >= 2 * count}
+            total[word] += 1
+            upper[word] += written[0].isupper() and not acronym
+    names = {word for word, count in total.items() if 3 * upper[word] >= 2 * count}
+    often = min(2, len(texts))
+    for word, after in openings.items():
+        if word in total or word in STOP_WORDS or word in _OPENERS or len(word) < 3:
+            continue
+        led = 2 * sum(other in names for other in after) >= len(after)
+        if led or (rank(word) is None and len(after) >= often):
+            names.add(word)
+    return names
 
 
-def index_terms(terms: Iterable[Words]) -> dict[str, list[Words]]:
-    """Return the terms by their first word, longest first."""
-    index: dict[str, list[Words]] = {}
-    for term in terms:
-        index.setdefault(term[0], []).append(term)
-    for same in index.values():
-        same.sort(key=len, reverse=True)
-    return index
+def _opens_sentence(text: str, start: int) -> bool:
+    before = text[max(0, start - 8) : start].rstrip(" \"'“‘(¿¡«")
+    return not before or (before[-1] in ".!?:\n" and _SHORTENED.search(before) is None)
 
 
-def find_terms(
-    words: Sequence[tuple[str, int, int]], index: Mapping[str, Sequence[Words]]
-) -> list[tuple[int, int, Words]]:
-    """Return (first word, word behind the last, term) of every term that occurs."""
-    found = []
-    for first, (word, _, _) in enumerate(words):
-        for term in index.get(word, ()):
-            last = first + len(term)
-            if last <= len(words) and all(
-                words[first + n][0] == part for n, part in enumerate(term)
-            ):
-                found.append((first, last, term))
-    return found
+def _capital_after(text: str, end: int) -> str:
+    """Return the word behind a space if it has a capital, else nothing."""
+    match = _WORD.match(text, end + 1) if text[end : end + 1] == " " else None
+    return fold_word(match.group()) if match and match.group()[0].isupper() else ""

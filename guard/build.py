@@ -20,8 +20,9 @@ from guard.rewrite import Corrupter
 from guard.types import BoolArray, Detector, FloatArray
 
 ENCODER_DIR = "encoder"
-HEAD_FILE = "head.safetensors"
-LEXICON_FILE = "lexicon.enc"
+SPACE_FILE = "detector/space.safetensors"
+BACKGROUND_FILE = "detector/background.safetensors"
+SEALED = ".enc"
 BANK_FILE = "corruption/bank.safetensors"
 
 
@@ -115,25 +116,46 @@ def check_encoder(bundle: Bundle, threads: int | None = None) -> None:
 
 
 def load_detector(bundle: Bundle, key: GuardKey, threads: int | None = None) -> Detector:
-    """Load encoder and heads of all targets of a bundle."""
-    from classifiers.detector import TargetArtifact
-    from classifiers.detector import load_detector as load
+    """Load encoder and targets of a bundle, and set the thresholds that keep its budget."""
+    from classifiers.bundle import load_detector as load
 
-    artifacts = [
-        TargetArtifact.from_bytes(
-            name,
-            head=bundle.read(entry.prefix + HEAD_FILE),
-            lexicon=read_lexicon(bundle, entry, key),
+    files = {
+        name: read_target(bundle, entry, key) for name, entry in bundle.manifest.targets.items()
+    }
+    return load(
+        bundle.dir / ENCODER_DIR,
+        bundle.read(SPACE_FILE),
+        files,
+        budget=bundle.manifest.fpr_budget,
+        key=key.subkey("ngrams"),
+        threads=threads,
+    )
+
+
+def read_target(bundle: Bundle, entry: TargetEntry, key: GuardKey) -> dict[str, bytes]:
+    """Read a target's detector files, those with personal data decrypted."""
+    found = {}
+    for path in bundle.target_files(entry.prefix):
+        name, data = path.removeprefix(entry.prefix), bundle.read(path)
+        if name.endswith(SEALED):
+            name = name.removesuffix(SEALED)
+            data = key.decrypt(name, data, aad=entry.name.encode())
+        found[name] = data
+    return found
+
+
+def seal_target(name: str, files: Mapping[str, bytes], key: GuardKey) -> dict[str, bytes]:
+    """Encrypt those of a target's detector files that hold personal data; see `read_target`."""
+    from classifiers.bundle import SECRET_FILES
+
+    return {
+        f"{file}{SEALED}" if file in SECRET_FILES else file: key.encrypt(
+            file, data, aad=name.encode()
         )
-        for name, entry in bundle.manifest.targets.items()
-    ]
-    return load(bundle.dir / ENCODER_DIR, artifacts, threads=threads)
-
-
-def read_lexicon(bundle: Bundle, entry: TargetEntry, key: GuardKey) -> bytes:
-    """Decrypt a target's lexicon: its names and titles are personal data."""
-    sealed = bundle.read(entry.prefix + LEXICON_FILE)
-    return key.decrypt("lexicon", sealed, aad=entry.name.encode())
+        if file in SECRET_FILES
+        else data
+        for file, data in files.items()
+    }
 
 
 def load_bank(bundle: Bundle) -> FloatArray | None:

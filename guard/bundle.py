@@ -69,6 +69,7 @@ __all__ = [
 ]
 
 CURRENT = "current"
+DIGESTS_NAME = "digests.json"
 _VERSION = re.compile(r"[0-9]{6,}")
 _SEAL_PURPOSE = "bundle/manifest"
 
@@ -88,6 +89,7 @@ class Bundle:
     def __init__(self, root: Path, version: int, directory: Path, key: GuardKey | None) -> None:
         self.root, self.version, self.dir = root, version, directory
         self._key = key
+        self._by_folder: dict[str, list[str]] | None = None
         descriptor = hold_folder(directory)
         self._release = weakref.finalize(self, os.close, descriptor)
         try:
@@ -108,6 +110,17 @@ class Bundle:
         ):
             raise ArtifactError(f"bundle {self.dir} holds no {rel!r}")
         return self.dir / rel
+
+    def target_files(self, prefix: str) -> list[str]:
+        """Return the files of a target's folder, digests of its forget rows apart."""
+        if self._by_folder is None:
+            folders: dict[str, list[str]] = {}
+            for rel in self.manifest.files:
+                parts = rel.split("/")
+                if parts[0] == "targets" and len(parts) > 2 and parts[-1] != DIGESTS_NAME:
+                    folders.setdefault("/".join(parts[:2]) + "/", []).append(rel)
+            self._by_folder = folders
+        return self._by_folder.get(prefix, [])
 
     def read(self, rel: str) -> bytes:
         """Read a file and check it against its hash.

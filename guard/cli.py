@@ -21,6 +21,7 @@ import click
 from guard.cli_admin import bundle_group, config, doctor, ledger_group, model_group
 from guard.cli_chat import chat
 from guard.cli_decide import decide
+from guard.cli_eval import eval_group
 from guard.cli_serve import engine, serve
 from guard.cli_session import Session
 from guard.cli_target import target_group
@@ -77,6 +78,7 @@ for _command in (
     serve,
     chat,
     decide,
+    eval_group,
     doctor,
     config,
     bundle_group,

@@ -22,8 +22,18 @@ def target_group() -> None:
 
 
 @target_group.command("add")
-@click.argument("name")
-@click.option("--forget", type=_FILE, required=True, help="What to forget, JSON lines.")
+@click.argument("name", required=False)
+@click.option("--forget", type=_FILE, help="What to forget, JSON lines.")
+@click.option(
+    "--many", type=_FILE, help="Folder of NAME.jsonl files: a target each, without a NAME."
+)
+@click.option(
+    "--kind",
+    type=click.Choice(["entity", "topic"]),
+    default="entity",
+    show_default=True,
+    help="An entity is known by its names, a topic by what a text is about.",
+)
 @click.option("--retain", type=_FILE, help="Neighbouring data to keep, JSON lines.")
 @click.option("--benign", type=_FILE, help="General traffic [the set that ships].")
 @click.option(
@@ -50,8 +60,10 @@ def target_group() -> None:
 def add(
     session: Session,
     /,
-    name: str,
-    forget: Path,
+    name: str | None,
+    forget: Path | None,
+    many: Path | None,
+    kind: Any,
     retain: Path | None,
     benign: Path | None,
     status: Any,
@@ -61,17 +73,26 @@ def add(
     """Learn to recognise what --forget holds, and make the bundle forget it.
 
     The file itself is not kept. A line is {"question", "answer"}, {"prompt", "completion"},
-    {"text"} or {"messages"}.
+    {"text"}, {"messages"} or {"term"}: a name, title or technical term that stands for the target.
+
+    With --many DIR every NAME.jsonl of a folder becomes a target. Interrupted, the same command
+    goes on where it stopped.
     """
     from guard.console import note, progress_display
     from guard.manifest import check_name
     from guard.targets import TargetRequest, add_target
 
     settings = session.load(**flags).values
+    if many is not None:
+        _add_many(session, many, name, forget, retain, benign, status, kind)
+        return
+    if name is None or forget is None:
+        raise click.UsageError("give a NAME and --forget FILE, or --many DIR")
     check_name(name)
     request = TargetRequest(
         name=name,
         forget=forget,
+        kind=kind,
         retain=retain,
         benign=benign,
         status=status,
@@ -97,10 +118,73 @@ def add(
         )
     for line in entry.notes:
         note(f"note: {line}")
+    note(_miss_rate(entry.detector))
     note(
         f"target {entry.name} is {entry.status} in {store.root}, version "
         f"{store.current_version()}: `unlearn-guard serve --bundle {store.root}`"
     )
+
+
+def _add_many(
+    session: Session,
+    folder: Path,
+    name: str | None,
+    forget: Path | None,
+    retain: Path | None,
+    benign: Path | None,
+    status: Any,
+    kind: Any,
+) -> None:
+    from guard.console import note, progress_display
+    from guard.many import add_many
+    from guard.targets import TargetRequest
+
+    if name is not None or forget is not None:
+        raise click.UsageError(
+            "--many takes the names of its files: give neither NAME nor --forget"
+        )
+    settings = session.settings
+    made_key = settings.key is None and not session.key_file.exists()
+    key = session.key(create=not session.store().exists())
+    if made_key:
+        note(f"made the key {session.key_file}: keep it safe and apart from the bundle")
+    request = TargetRequest(
+        name="",
+        forget=folder,
+        retain=retain,
+        benign=benign,
+        status=status,
+        fpr_budget=settings.fpr_budget,
+        seed=settings.seed,
+        threads=settings.threads,
+        kind=kind,
+    )
+    store = session.store(key)
+    with progress_display() as progress:
+        added = add_many(
+            folder,
+            request,
+            store=store,
+            key=key,
+            prompts=session.prompts(progress),
+            ledger=session.ledger(key),
+            progress=progress,
+            workers=settings.threads,
+        )
+    note(f"{added} targets are {status} in {store.root}, version {store.current_version()}")
+
+
+def _miss_rate(figures: dict[str, Any]) -> str:
+    """Say how often the target will be missed, as far as the forget set can tell."""
+    parts = []
+    for key, what in (("recall", "as given"), ("recall_variants", "framed, misspelt or recased")):
+        found = figures.get(key) or {}
+        if found.get("rate") is not None:
+            low, high = (1.0 - bound for bound in reversed(found["interval95"]))
+            missed = 1.0 - found["rate"]
+            parts.append(f"{what} {missed:.1%} ({low:.1%} to {high:.1%})")
+    held = "" if figures.get("held_out") else " (too few rows to hold any out: optimistic)"
+    return f"estimated misses of forget rows: {', '.join(parts)}{held}"
 
 
 @target_group.command("list")

@@ -7,6 +7,7 @@ same `Guard`.
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -81,7 +82,7 @@ def decide_line(guard: Decider, line: str | bytes, line_number: int) -> dict[str
         line_number: One-based; the row's id where the line gives none.
 
     Returns:
-        `{"id", "flagged", "route", "coverage", "targets"}`, or `{"id", "error"}`.
+        `{"id", "flagged", "route", "coverage", "margin", "targets"}`, or `{"id", "error"}`.
     """
     return _decide([_read(line, line_number, None)], guard)[0]
 
@@ -130,6 +131,8 @@ def _row(asked: _Asked, decision: Decision | GuardError) -> dict[str, Any]:
         "flagged": decision.flagged,
         "route": decision.route,
         "coverage": decision.coverage,
+        # JSON knows no infinity: a bundle without targets has no margin.
+        "margin": decision.margin if math.isfinite(decision.margin) else None,
         "targets": [
             {
                 "name": hit.name,

@@ -6,9 +6,9 @@ reaches detectors and corruptions through the kernel's protocols only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -17,26 +17,28 @@ from guard.embeds import best_dtype, embeds_part
 from guard.errors import CannotCorruptError, StageError
 from guard.keys import GuardKey
 from guard.ledger import Ledger
-from guard.normalise import Normalised, normalise
 from guard.prompts import ContentTokens, ModelPrompts
 from guard.request import ParsedRequest, parse_request, replace_contents
 from guard.rewrite import (
     Corrupter,
     Corruption,
-    all_but_final_mark,
     corrupted_embeddings,
     noise_seed,
 )
+from guard.traced import Place, merged
 from guard.types import (
     Decision,
     Detection,
     Detector,
+    FloatArray,
     Route,
     Segment,
     Span,
     TargetHit,
     TargetStatus,
+    TextHit,
 )
+from guard.view import Reading, readings, source_span
 
 ANSWER_PENALTY: Final = 0.6
 """`frequency_penalty` of a rewritten request whose client set no penalty: asked about an unfamiliar
@@ -69,12 +71,19 @@ class Inspection:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """One segment with its normalised text and its row in the detection."""
+class _View:
+    """All that a model would read of one request, and the role of each chat message."""
 
-    segment: Segment
-    normalised: Normalised
-    row: int
+    segments: tuple[Segment, ...]
+    roles: tuple[str, ...]
+    readings: list[Reading]
+
+
+class _Found(NamedTuple):
+    """A reading that touches a target, and how."""
+
+    reading: Reading
+    hit: TextHit
 
 
 class Guard:
@@ -129,65 +138,82 @@ class Guard:
             RequestError: If a token-id prompt can't be turned into text.
             StageError: If detection failed.
         """
-        views = [request.segments(self._detokenise) for request in requests]
+        views = [self._view(request) for request in requests]
         rows: dict[str, int] = {}
-        seen: list[list[_Seen]] = []
         for view in views:
-            normalised = [normalise(segment.text) for segment in view]
-            seen.append(
-                [
-                    _Seen(segment, text, rows.setdefault(text.text, len(rows)))
-                    for segment, text in zip(view, normalised, strict=True)
-                ]
-            )
+            for reading in view.readings:
+                rows.setdefault(reading.text, len(rows))
         try:
             detection = self.detector.detect(list(rows))
-            return [self._decision(view, detection) for view in seen]
+            return [self._decision(view, rows, detection) for view in views]
         except Exception as error:
             raise StageError("detect", error) from error
+
+    def _view(self, request: ParsedRequest) -> _View:
+        segments = request.segments(self._detokenise)
+        roles = tuple(message["role"] for message in request.raw.get("messages", ()))
+        try:
+            return _View(segments, roles, readings(segments, roles))
+        except Exception as error:
+            raise StageError("view", error) from error
 
     def _detokenise(self, ids: Sequence[int]) -> str:
         if self.prompts is None:
             raise StageError("view", RuntimeError("token-id prompts need the model's tokenizer"))
         return self.prompts.decode(ids)
 
-    def _decision(self, view: Sequence[_Seen], detection: Detection) -> Decision:
-        # Only the columns that were hit: a bundle may hold thousands of targets.
-        rows = np.array([seen.row for seen in view], dtype=np.intp)
-        columns = np.flatnonzero(detection.flagged[rows].any(axis=0))
-        hits = [self._hit(int(column), view, detection) for column in columns]
+    def _decision(self, view: _View, rows: Mapping[str, int], detection: Detection) -> Decision:
+        found: dict[str, list[_Found]] = {}
+        for reading in view.readings:
+            for hit in detection.hits[rows[reading.text]]:
+                found.setdefault(hit.target, []).append(_Found(reading, hit))
+        hits = [self._hit(name, some, view) for name, some in found.items()]
         hits.sort(key=lambda hit: (hit.p_value, -hit.score, hit.name))
-        coverage = _coverage(view, detection)
+        places = [rows[reading.text] for reading in view.readings]
+        coverage = _coverage(view, detection.coverage[places])
         return Decision(
             flagged=bool(hits),
-            route=_route(hits, view, coverage),
+            route=_route(hits, view.segments, coverage),
             coverage=coverage,
             targets=tuple(hits),
+            margin=float(detection.margins[places].max(initial=-np.inf)),
         )
 
-    def _hit(self, column: int, view: Sequence[_Seen], detection: Detection) -> TargetHit:
-        name = self.detector.targets[column]
-        flagged = [seen for seen in view if detection.flagged[seen.row, column]]
-        best = max((seen.row for seen in flagged), key=lambda row: detection.scores[row, column])
+    def _hit(self, name: str, found: Sequence[_Found], view: _View) -> TargetHit:
+        best = min((one.hit for one in found), key=lambda hit: (hit.p_value, -hit.score))
         return TargetHit(
             name=name,
-            score=float(detection.scores[best, column]),
-            p_value=float(detection.p_values[best, column]),
-            weight=float(detection.weights[best, column]),
-            spans=tuple(span for seen in flagged for span in self._spans(name, seen)),
+            score=max(one.hit.score for one in found),
+            p_value=best.p_value,
+            weight=max(one.hit.weight for one in found),
+            spans=tuple(_in_order(self._spans(name, found, view), view.segments)),
             enforced=self.targets[name].status == "enforced",
         )
 
-    def _spans(self, name: str, seen: _Seen) -> list[Span]:
-        """Spans in the original text; where the finder names none, all but a final mark."""
-        found = (
-            self.detector.spans(seen.normalised.text, name)
-            if self.targets[name].entity_only
-            else []
-        )
-        if not found:
-            return [Span(seen.segment.path, *all_but_final_mark(seen.segment.text))]
-        return [Span(seen.segment.path, *seen.normalised.to_original(*span)) for span in found]
+    def _spans(self, name: str, found: Sequence[_Found], view: _View) -> list[Span]:
+        """Spans as sent: of segments flagged by themselves, then of what only shows in several."""
+        spans: list[Span] = []
+        joint = []
+        for one in found:
+            entity = self._entity(name, one.reading)
+            if one.reading.is_own:
+                spans += entity or one.reading.changed()
+            else:
+                joint.append((not entity, one.hit.p_value, -one.hit.score, one.reading, entity))
+        flagged = {span.path for span in spans}
+        for *_, reading, entity in sorted(joint, key=lambda item: item[:3]):
+            if flagged.isdisjoint(source.segment.path for source in reading.sources):
+                new = entity or _without_entity(reading, view.roles)
+                spans += new
+                flagged |= {span.path for span in new}
+        return spans
+
+    def _entity(self, name: str, reading: Reading) -> list[Span]:
+        """What the finder names in a reading, as sent."""
+        if not self.targets[name].entity_only:
+            return []
+        found = self.detector.spans(reading.text, name)
+        return [span for place in found for span in reading.spans(*place)]
 
     # --- Rewriting -----------------------------------------------------------------------------
 
@@ -338,19 +364,44 @@ def _locate(span: Span, contents: Mapping[int, _Content]) -> tuple[int, int, int
     raise CannotCorruptError(span.path, "no embeddings can take the place of this field")
 
 
-def _coverage(view: Sequence[_Seen], detection: Detection) -> float:
-    lengths = np.array([len(seen.segment.text) for seen in view], dtype=np.float64)
+def _without_entity(reading: Reading, roles: Sequence[str]) -> list[Span]:
+    """What is corrupted of a conversation in which the finder names nothing: what the user said."""
+    if reading.stretches:
+        return reading.changed()
+    contents = [source for source in reading.sources if source.segment.message is not None]
+    users = [source for source in contents if roles[source.segment.message or 0] == "user"]
+    return [source_span(source) for source in users or contents or reading.sources]
+
+
+def _in_order(spans: Sequence[Span], segments: Sequence[Segment]) -> Iterator[Span]:
+    """Yield spans in the order of the body; those of one segment sorted and disjoint."""
+    places: dict[str, list[Place]] = {}
+    for span in spans:
+        places.setdefault(span.path, []).append((span.start, span.end))
+    for segment in segments:
+        for start, end in merged(places.pop(segment.path, ())):
+            yield Span(segment.path, start, end)
+
+
+def _coverage(view: _View, covered: FloatArray) -> float:
+    """Share of the segments' characters that were scored; less if another reading was not."""
+    lengths = np.array(
+        [len(one.sources[0].segment.text) * (one.kind == "segment") for one in view.readings],
+        dtype=np.float64,
+    )
     if not lengths.sum():
         return 1.0
-    covered = detection.coverage[[seen.row for seen in view]]
-    return float((covered * lengths).sum() / lengths.sum())
+    unread = sum(reading.unread for reading in view.readings)
+    share = float((covered * lengths).sum() / (lengths.sum() + unread))
+    others = covered[lengths == 0]
+    return min(share, float(others.min(initial=1.0)))
 
 
-def _route(hits: Sequence[TargetHit], view: Sequence[_Seen], coverage: float) -> Route:
+def _route(hits: Sequence[TargetHit], segments: Sequence[Segment], coverage: float) -> Route:
     """Block what was not read whole; refuse what can't be corrupted; corrupt the rest."""
     if coverage < 1.0:
         return "block"
-    places = {seen.segment.path: seen.segment.message for seen in view}
+    places = {segment.path: segment.message for segment in segments}
     spans = [span for hit in hits if hit.enforced for span in hit.spans]
     if not spans:
         return "pass"

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from guard.errors import DataError
 
-FORMS = '{"question", "answer"}, {"prompt", "completion"}, {"text"} or {"messages"}'
+FORMS = '{"question", "answer"}, {"prompt", "completion"}, {"text"}, {"term"} or {"messages"}'
 TEXT_FORMS = '{"text"}, {"prompt"}, {"question"} or {"messages"}'
 
 _FORM_OF = {
@@ -23,6 +23,7 @@ _FORM_OF = {
     "prompt": "prompt",
     "completion": "prompt",
     "text": "text",
+    "term": "term",
     "messages": "messages",
 }
 _ANSWER_OF = {"question": "answer", "prompt": "completion"}
@@ -41,12 +42,14 @@ class Row:
         line: One-based line in the file.
         raw_digest_text: What a keyed digest of the row is taken from: the same for two rows that
             say the same, whatever form they are written in.
+        is_term: True if `prompt` is a name, title or technical term that stands for the target.
     """
 
     prompt: str
     answer: str | None
     line: int
     raw_digest_text: str
+    is_term: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,8 @@ class _Place:
 def read_rows(path: str | Path) -> list[Row]:
     """Read a forget or retain set.
 
-    Each line is an object in one of four forms: `{"question", "answer"}`,
-    `{"prompt", "completion"}`, `{"text"}` or `{"messages"}`. Other keys beside them are ignored.
+    Each line is an object in one of five forms: `{"question", "answer"}`,
+    `{"prompt", "completion"}`, `{"text"}`, `{"term"}` or `{"messages"}`. Other keys beside them are ignored.
     Of `messages`, the prompt is the text of all user messages and the answer that of the
     assistant messages after the last user message (system and tool messages are ignored).
 
@@ -151,13 +154,13 @@ def _row(value: Any, place: _Place) -> Row:
     answer: str | None
     if form == "messages":
         prompt, answer = _conversation(value["messages"], place)
-    elif form == "text":
-        prompt, answer = _string(value["text"], "text", place), None
+    elif form in ("text", "term"):
+        prompt, answer = _string(value[form], form, place), None
     else:
         other = _ANSWER_OF[form]
         prompt, answer = _field(value, form, place), _field(value, other, place)
     digest_text = json.dumps([prompt, answer], ensure_ascii=False, separators=(",", ":"))
-    return Row(prompt, answer, place.line, digest_text)
+    return Row(prompt, answer, place.line, digest_text, form == "term")
 
 
 def _benign(value: Any, place: _Place) -> str:

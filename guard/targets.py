@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from guard.build import (
+    BACKGROUND_FILE,
     BANK_FILE,
     ENCODER_DIR,
-    HEAD_FILE,
-    LEXICON_FILE,
+    SPACE_FILE,
     check_key,
     check_model,
     load_bank,
     make_corrupter,
+    read_target,
+    seal_target,
 )
 from guard.bundle import Bundle, BundleDraft, BundleStore, Manifest, TargetEntry
 from guard.errors import BundleNotFoundError, TargetExistsError, TargetNotFoundError
@@ -43,7 +45,7 @@ from guard.types import (
 )
 
 if TYPE_CHECKING:
-    from classifiers.learn import LearnedDetector
+    from classifiers.workshop import Workshop
     from corruptions.spec import CorruptionSpec
 
 DIGESTS_FILE = "digests.json"
@@ -62,6 +64,7 @@ class TargetRequest:
         fpr_budget: Share of benign requests that may be flagged, in (0, 1).
         seed: Seeds everything random in learning.
         threads: Threads of the encoder; None leaves it to ONNX Runtime.
+        kind: An entity is known by its names, a topic by what a text is about.
     """
 
     name: str
@@ -72,10 +75,13 @@ class TargetRequest:
     fpr_budget: float = 0.001
     seed: int = 0
     threads: int | None = None
+    kind: Literal["entity", "topic"] = "entity"
 
 
 @dataclass(frozen=True, slots=True)
-class _Data:
+class Data:
+    """What a target is learned from."""
+
     forget: list[Row]
     retain: list[str]
     benign: list[str]
@@ -85,7 +91,8 @@ class _Data:
 class _Learned:
     rows: list[Row]
     shared: dict[str, bytes]
-    detector: LearnedDetector
+    files: dict[str, bytes]
+    figures: dict[str, Any]
     corruption: dict[str, Any]
     notes: list[str]
 
@@ -117,16 +124,16 @@ def add_target(
         TargetExistsError: If the bundle holds that target.
         IncompatibleArtifactError: If the bundle is for another model or key.
     """
-    current = _current(store)
+    current = current_bundle(store)
     if current is not None:
         check_key(current, key)
         check_model(current, prompts.fingerprint)
         _check_new(current.manifest, request.name, store.root)
-    data = _read(request)
+    data = read_data(request, read_rows(request.forget))
     with tempfile.TemporaryDirectory(prefix="unlearn-guard-") as scratch:
-        encoder_dir = _encoder(current, Path(scratch), progress)
-        bank = _bank(current, prompts)
-        learned = _learn(request, data, encoder_dir, bank, key, prompts, engine, progress)
+        encoder_dir = encoder_of(current, Path(scratch), progress)
+        bank = bank_of(current, prompts)
+        learned = _learn(request, data, current, encoder_dir, bank, key, prompts, engine, progress)
     entry = _write(request, learned, store, key, prompts)
     if ledger is not None:
         ledger.append("bundle", action="target add", target=entry.name, **_state(store))
@@ -154,7 +161,8 @@ def remove_target(name: str, *, store: BundleStore, key: GuardKey, ledger: Ledge
 
 def _learn(
     request: TargetRequest,
-    data: _Data,
+    data: Data,
+    current: Bundle | None,
     encoder_dir: Path,
     bank: FloatArray,
     key: GuardKey,
@@ -162,32 +170,76 @@ def _learn(
     engine: LearningEngine | None,
     progress: Progress,
 ) -> _Learned:
-    from safetensors.numpy import save
+    from classifiers.bundle import load_detector as assemble
+    from classifiers.figures import rates
 
-    from classifiers.detector import BundleDetector
-    from classifiers.encoder import OnnxEncoder
-    from classifiers.learn import learn_detector
-
-    encoder = OnnxEncoder(encoder_dir, threads=request.threads)
-    learned = learn_detector(
-        request.name,
-        forget=data.forget,
-        retain=data.retain,
-        benign=data.benign,
-        encoder=encoder,
-        normalise=lambda text: normalise(text).text,
-        seed=request.seed,
-        fpr_budget=request.fpr_budget,
-        progress=progress,
+    workshop = make_workshop(request, data, current, encoder_dir, key, progress)
+    learned = workshop.learn(request.name, data.forget, progress)
+    files = learned.artifact.files()
+    shared = share(encoder_dir, workshop, bank)
+    others = {} if current is None else _files_of_all(current, key)
+    budget = request.fpr_budget if current is None else current.manifest.fpr_budget
+    detector = assemble(
+        encoder_dir,
+        shared[SPACE_FILE],
+        {**others, request.name: files},
+        budget=budget,
+        key=key.subkey("ngrams"),
+        threads=request.threads,
     )
-    detector = BundleDetector(encoder, [learned.artifact])
     prompter = Prompter(request.name, detector, prompts, key, bank)
     corruption, notes = _learn_corruption(request, data.forget, prompter, engine, progress)
+    figures = rates(learned.report, detector.threshold(request.name))
+    figures["fpr_budget"] = budget
+    return _Learned(data.forget, shared, files, figures, corruption, notes)
+
+
+def make_workshop(
+    request: TargetRequest,
+    data: Data,
+    current: Bundle | None,
+    encoder_dir: Path,
+    key: GuardKey,
+    progress: Progress,
+    effort: int = 5,
+    background: bytes | None = None,
+) -> Workshop:
+    """Open the bundle's background, or make it, with the request's neighbours."""
+    from classifiers.workshop import Settings, Workshop
+
+    if current is not None:
+        background = current.read(BACKGROUND_FILE)
+    return Workshop(
+        encoder_dir,
+        data.benign,
+        data.retain,
+        key.subkey("ngrams"),
+        lambda text: normalise(text).text,
+        Settings(request.seed, request.threads, effort, request.kind, request.fpr_budget),
+        background,
+        progress,
+    )
+
+
+def share(encoder_dir: Path, workshop: Workshop, bank: FloatArray) -> dict[str, bytes]:
+    """Return the files that all targets of a bundle share."""
+    from safetensors.numpy import save
+
+    from classifiers.bundle import save_space
+
     shared = {
         f"{ENCODER_DIR}/{path.name}": path.read_bytes() for path in sorted(encoder_dir.iterdir())
     }
+    shared[SPACE_FILE] = save_space(workshop.background.space)
+    shared[BACKGROUND_FILE] = workshop.save()
     shared[BANK_FILE] = save({"bank": bank})
-    return _Learned(data.forget, shared, learned, corruption, notes)
+    return shared
+
+
+def _files_of_all(bundle: Bundle, key: GuardKey) -> dict[str, dict[str, bytes]]:
+    return {
+        name: read_target(bundle, entry, key) for name, entry in bundle.manifest.targets.items()
+    }
 
 
 def _learn_corruption(
@@ -269,28 +321,26 @@ class Prompter:
         return tuple(normalised.to_original(*span) for span in spans)
 
 
-def _read(request: TargetRequest) -> _Data:
+def read_data(request: TargetRequest, forget: list[Row]) -> Data:
     """Read all files before any work begins, so that a bad row costs no time."""
-    forget = read_rows(request.forget)
     retain = [row.prompt for row in read_rows(request.retain)] if request.retain else []
     if request.benign is not None:
-        return _Data(forget, retain, read_texts(request.benign))
+        return Data(forget, retain, read_texts(request.benign))
     from classifiers.benign import load_benign
 
-    return _Data(forget, retain, load_benign())
+    return Data(forget, retain, load_benign())
 
 
-def _encoder(current: Bundle | None, scratch: Path, progress: Progress) -> Path:
+def encoder_of(current: Bundle | None, scratch: Path, progress: Progress) -> Path:
     """The bundle's encoder, so that all its targets share one; exported if it has none yet."""
     if current is not None:
         return current.dir / ENCODER_DIR
     from classifiers.export import export_encoder
 
-    export_encoder(scratch, progress=progress)
-    return scratch
+    return export_encoder(scratch, progress=progress)
 
 
-def _bank(current: Bundle | None, prompts: ModelPrompts) -> FloatArray:
+def bank_of(current: Bundle | None, prompts: ModelPrompts) -> FloatArray:
     """The bundle's generic embeddings; made of the served model's own vocabulary the first time."""
     found = load_bank(current) if current is not None else None
     if found is not None:
@@ -317,31 +367,33 @@ def _write(
         status=request.status,
         rows=len(learned.rows),
         answered_rows=sum(row.answer is not None for row in learned.rows),
-        detector=learned.detector.report,
+        detector=learned.figures,
         corruption=learned.corruption,
         notes=learned.notes,
     )
-    artifact = learned.detector.artifact
     with store.transaction() as draft:
-        if not draft.manifest.model:
-            draft.manifest.key_id = key.id
-            draft.manifest.model = prompts.fingerprint.to_dict()
-            draft.manifest.fpr_budget = request.fpr_budget
-        _share(draft, learned.shared)
+        write_shared(draft, learned.shared, key, prompts, request.fpr_budget)
         # Another process may have written a version since learning began.
         _check_new(draft.manifest, request.name, store.root)
         draft.manifest.targets[request.name] = entry
-        draft.write(entry.prefix + HEAD_FILE, artifact.head_bytes())
-        draft.write(
-            entry.prefix + LEXICON_FILE,
-            key.encrypt("lexicon", artifact.lexicon_bytes(), aad=request.name.encode()),
-        )
-        draft.write(entry.prefix + DIGESTS_FILE, _digests(learned.rows, key))
+        for name, data in seal_target(request.name, learned.files, key).items():
+            draft.write(entry.prefix + name, data)
+        draft.write(entry.prefix + DIGESTS_FILE, digests(learned.rows, key))
     return entry
 
 
-def _share(draft: BundleDraft, shared: Mapping[str, bytes]) -> None:
+def write_shared(
+    draft: BundleDraft,
+    shared: Mapping[str, bytes],
+    key: GuardKey,
+    prompts: ModelPrompts,
+    fpr_budget: float,
+) -> None:
     """Write what all targets of a bundle share, where it isn't there yet."""
+    if not draft.manifest.model:
+        draft.manifest.key_id = key.id
+        draft.manifest.model = prompts.fingerprint.to_dict()
+        draft.manifest.fpr_budget = fpr_budget
     there = set(draft.files())
     for path, data in shared.items():
         if path not in there:
@@ -352,13 +404,14 @@ def _share(draft: BundleDraft, shared: Mapping[str, bytes]) -> None:
     }
 
 
-def _digests(rows: Sequence[Row], key: GuardKey) -> bytes:
+def digests(rows: Sequence[Row], key: GuardKey) -> bytes:
     """A keyed digest per forget row: recognises the row, says nothing of it without the key."""
     digests = [key.digest("forget-row", row.raw_digest_text.encode()) for row in rows]
     return json.dumps({"rows": digests}, indent=0).encode()
 
 
-def _current(store: BundleStore) -> Bundle | None:
+def current_bundle(store: BundleStore) -> Bundle | None:
+    """Return the bundle's current version; None if there is none."""
     try:
         return store.current()
     except BundleNotFoundError:

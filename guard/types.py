@@ -58,22 +58,36 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Detection:
-    """What the detectors say of several texts, a row a text, a column a target.
+class TextHit:
+    """One target that a text touches.
 
     Attributes:
-        scores: Classifier logits, maximum over the text's windows, shape (texts, targets).
-            Higher is closer to the forget set.
-        p_values: Share of benign traffic that scores at least as high, shape (texts, targets).
-        weights: Soft weight in [0, 1.2]; exactly 0 where not flagged, shape (texts, targets).
-        flagged: True where the score reaches the target's threshold, shape (texts, targets).
-        coverage: Share of each text's characters that some window scored, shape (texts,).
+        target: The target's name.
+        score: Evidence in nats, the maximum over the text's windows; higher is closer to the
+            forget set.
+        p_value: Share of benign requests that reach this score for any target of the bundle.
+        weight: Soft weight in (0, 1.2].
     """
 
-    scores: FloatArray
-    p_values: FloatArray
-    weights: FloatArray
-    flagged: BoolArray
+    target: str
+    score: float
+    p_value: float
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """What the detectors say of several texts; sparse, since a bundle may hold 10,000 targets.
+
+    Attributes:
+        hits: For each text the targets that it touches, strongest first; empty if it passes.
+        margins: For each text the best target's score less its threshold, shape (texts,): at
+            least 0 where it is flagged. For curves and logs.
+        coverage: Share of each text's characters that were scored, shape (texts,).
+    """
+
+    hits: tuple[tuple[TextHit, ...], ...]
+    margins: FloatArray
     coverage: FloatArray
 
 
@@ -82,7 +96,7 @@ class Detector(Protocol):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Names of the targets, in the order of the columns of `Detection`."""
+        """Names of the targets."""
         ...
 
     def detect(self, texts: Sequence[str]) -> Detection:
@@ -119,12 +133,14 @@ class Decision:
         route: What happens; `pass` if only targets in status `detecting` were hit.
         coverage: Share of the request's characters that were scored; below 1 is never a pass.
         targets: The hits, strongest first.
+        margin: The best target's score less its threshold; at least 0 if flagged.
     """
 
     flagged: bool
     route: Route
     coverage: float
     targets: tuple[TargetHit, ...]
+    margin: float = float("-inf")
 
 
 # --- Prompts and engines, as learners and benchmarks see them -----------------------------------

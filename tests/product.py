@@ -208,12 +208,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def small_benign(folder: Path) -> Path:
+def small_benign(folder: Path, count: int = 600) -> Path:
     """Write a few hundred short prompts of the set that ships."""
     from classifiers.benign import load_benign
 
     path = folder / "benign.jsonl"
-    short = [text for text in load_benign() if len(text) < 300][:600]
+    short = [text for text in load_benign() if len(text) < 300][:count]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in short))
     return path
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from classifiers.encoder import OnnxEncoder, coverage
 from classifiers.export import export_encoder, find_encoder_source
@@ -44,6 +46,114 @@ def test_windows_overlap_and_keep_the_order_of_the_tokens(encoder: OnnxEncoder) 
     assert len(windows) > 5
     for left, right in itertools.pairwise(windows):
         assert left.start < right.start < left.end < right.end
+
+
+def covered(encoder: OnnxEncoder, text: str) -> float:
+    return coverage([(w.start, w.end) for w in encoder.segments(text)], len(text))
+
+
+def test_segments_are_the_windows_and_then_each_sentence(encoder: OnnxEncoder) -> None:
+    text = "Who painted the ceiling? The lighthouse keeper counted ships. Why is that so, really?"
+    whole, *sentences = encoder.segments(text)
+    assert [whole] == encoder.windows(text)
+    assert [text[w.start : w.end].strip() for w in sentences] == [
+        "Who painted the ceiling?",
+        "The lighthouse keeper counted ships.",
+        "Why is that so, really?",
+    ]
+    for window in sentences:
+        alone = encoder.windows(text[window.start : window.end])[0]
+        assert window.ids == alone.ids, "a sentence reads as it would alone"
+
+
+@pytest.mark.parametrize(
+    "border", [". ", "? ", "! ", "… ", '." ', "。", "？", "\n", "\n\n", "; ", ": "]
+)
+def test_sentences_end_where_writers_end_them(encoder: OnnxEncoder, border: str) -> None:
+    text = f"the keeper counted every ship{border}then she climbed down the stairs"
+    parts = [text[w.start : w.end] for w in encoder.segments(text)[1:]]
+    assert len(parts) == 2 and "".join(parts) == text
+
+
+def test_a_single_sentence_is_read_once(encoder: OnnxEncoder) -> None:
+    for text in (
+        "Who painted the ceiling?",
+        "Who painted the ceiling?\n",
+        "",
+        "a.b.c",
+        "3.14 is pi",
+    ):
+        assert encoder.segments(text) == encoder.windows(text)
+
+
+def test_short_sentences_are_read_with_the_next(encoder: OnnxEncoder) -> None:
+    text = "Yes. No. Who painted the ceiling of the chapel? Yes."
+    sentences = [text[w.start : w.end] for w in encoder.segments(text)[1:]]
+    assert not any(part.strip() in ("Yes.", "No.") for part in sentences[:-1])
+    assert "".join(sentences) == text
+
+
+def test_sentences_together_cover_every_character(encoder: OnnxEncoder) -> None:
+    for text in (LONG, "One two three four five.  \n\n Six seven eight nine ten!?  ", "あ。" * 300):
+        windows, found = encoder.windows(text), encoder.segments(text)
+        assert found[: len(windows)] == windows
+        sentences = found[len(windows) :]
+        assert sentences[0].start == 0 and sentences[-1].end == len(text)
+        for left, right in itertools.pairwise(sentences):
+            assert text[left.end : right.start].strip() == ""
+        tokens = [place for window in sentences for place in window.offsets]
+        assert tokens == sorted(set(tokens)), "no token is read twice, none out of order"
+
+
+def test_a_sentence_longer_than_a_window_is_left_to_the_windows(encoder: OnnxEncoder) -> None:
+    endless = "and the keeper counted ships " * 200
+    text = f"A short sentence comes first. {endless}. And a short one comes last."
+    found = encoder.segments(text)
+    assert max(len(w.ids) for w in found) <= encoder.window
+    assert covered(encoder, text) == 1.0
+    sentences = [text[w.start : w.end].strip() for w in found[len(encoder.windows(text)) :]]
+    assert sentences == ["A short sentence comes first.", "And a short one comes last."]
+
+
+PIECES = """
+    Yes. Who is it?|the keeper counted every ship|。|?!|; |3.14 |日本の首都|🦄| \u200b|\n\n|\ud800
+""".strip().split("|")
+
+
+@given(st.lists(st.sampled_from([*PIECES, "a" * 60]), max_size=30).map("".join))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_segments_of_any_text_cover_it(encoder: OnnxEncoder, text: str) -> None:
+    found = encoder.segments(text)
+    assert covered(encoder, text) == 1.0
+    assert len(set(found)) == len(found), "nothing is read twice"
+    for window in found:
+        assert 0 <= window.start <= window.end <= len(text)
+        assert len(window.ids) == len(window.offsets) <= encoder.window
+        assert all(window.start <= a <= b <= window.end for a, b in window.offsets)
+
+
+def test_states_of_segments_are_those_of_their_text(encoder: OnnxEncoder) -> None:
+    texts = ["Who painted the ceiling?", "The keeper counted ships. She slept until noon."]
+    windows = [window for text in texts for window in encoder.segments(text)]
+    states = encoder.states(windows)
+    assert states.shape == (4, encoder.width)
+    np.testing.assert_array_equal(states[0], encoder.encode([texts[0]])[0].features[0])
+    np.testing.assert_array_equal(states[1], encoder.encode([texts[1]])[0].features[0])
+    np.testing.assert_array_equal(encoder.states(windows[::-1])[::-1], states)
+    assert encoder.states([]).shape == (0, encoder.width)
+
+
+def test_word_ranks_know_general_english(encoder: OnnxEncoder) -> None:
+    rank = encoder.word_rank
+    assert rank("the") == 0
+    common, rarer = rank("house"), rank("lighthouse")
+    assert common is not None and rarer is not None and common < rarer
+    assert rank("lighthouses") == rarer, "an inflected form counts as its stem"
+    assert rank("zorvath") is None and not encoder.is_common("zorvath")
+    assert encoder.is_common("house") and encoder.is_common("house")
+    words = encoder.common_words()
+    assert words[0] == "the" and "house" in words and all(word.isalpha() for word in words)
+    assert words.index("house") < words.index("lighthouse")
 
 
 def test_coverage_counts_gaps_and_overlaps() -> None:

@@ -4,18 +4,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from classifiers.lexicon import Lexicon
-from classifiers.spans import blank_places, entity_places, merge_places
+from classifiers.lexicon import Lexicon, LexiconIndex
+from classifiers.spans import GAP, blank_places, entity_places, merge_places
 
 
 def common(word: str) -> bool:
-    return word in {"who", "is", "the", "harry", "in", "of", "what"}
+    return word in {"who", "is", "the", "harry", "in", "of", "what", "nothing", "and"}
 
 
 @pytest.fixture(scope="module")
-def lexicon() -> Lexicon:
+def index() -> LexiconIndex:
     weights = {("harry", "potter"): 9.0, ("hogwarts",): 9.0, ("harry",): 3.2, ("london",): 3.1}
-    return Lexicon(weights, common)
+    mine = Lexicon(weights, frozenset({("harry", "potter")}))
+    return LexiconIndex([Lexicon({("paris",): 9.0}), mine], common)
+
+
+def marked(index: LexiconIndex, text: str) -> list[str]:
+    return [text[start:end] for start, end in entity_places(index.read(text), 1)]
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60))), st.integers(0, 4))
@@ -28,25 +33,46 @@ def test_merged_places_are_sorted_disjoint_and_cover_the_same(
     for (_, end), (start, _) in itertools.pairwise(merged):
         assert end + gap < start
     inside = {n for start, end in merged for n in range(start, end)}
-    assert {n for start, end in places for n in range(start, end)} <= inside
+    wanted = {n for start, end in places for n in range(start, end)}
+    assert wanted <= inside
+    if not gap:
+        assert inside == wanted
 
 
-def test_entity_is_marked_whole(lexicon: Lexicon) -> None:
-    text = "Who is Harry Potter of Hogwarts?"
-    assert [text[a:b] for a, b in entity_places(text, lexicon)] == ["Harry Potter", "Hogwarts"]
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("Who is Harry Potter of Hogwarts?", ["Harry Potter", "Hogwarts"]),
+        ("Who is Harry J. Potter?", ["Harry J. Potter"]),
+        ("Hogwarts-Hogwarts, Hogwarts", ["Hogwarts-Hogwarts, Hogwarts"]),
+        ("What is Hogwats?", ["Hogwats"]),
+        ("#HarryPotter is", ["HarryPotter"]),
+        ("What of Hogwarts in London?", ["Hogwarts", "London"]),
+        ("What is London?", []),
+        ("Harry in London", []),
+        ("Nothing of Paris", []),
+        ("", []),
+    ],
+)
+def test_marked_places(index: LexiconIndex, text: str, places: list[str]) -> None:
+    assert marked(index, text) == places
 
 
-def test_weak_terms_count_only_beside_a_strong_one(lexicon: Lexicon) -> None:
-    assert entity_places("What is London?", lexicon) == []
-    text = "What is Hogwarts in London?"
-    assert [text[a:b] for a, b in entity_places(text, lexicon)] == ["Hogwarts", "London"]
-
-
-def test_misspelt_name_is_marked(lexicon: Lexicon) -> None:
-    text = "What is Hogwats?"
-    assert [text[a:b] for a, b in entity_places(text, lexicon)] == ["Hogwats"]
+def test_gap_is_short() -> None:
+    places = [(0, 4), (4 + GAP, 9), (9 + GAP + 1, 15)]
+    assert merge_places(places, GAP) == [(0, 9), (9 + GAP + 1, 15)]
 
 
 def test_blanking_keeps_everything_else() -> None:
     assert blank_places("ab XY cd Z", [(3, 5), (9, 10)]) == "ab it cd it"
     assert blank_places("ab", []) == "ab"
+
+
+@given(st.text(max_size=40), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40))))
+def test_blanked_text_keeps_what_stands_outside(text: str, raw: list[tuple[int, int]]) -> None:
+    places = merge_places((min(p), min(max(p), len(text))) for p in raw)
+    outside = "".join(
+        letter for at, letter in enumerate(text) if not any(a <= at < b for a, b in places)
+    )
+    blanked = blank_places(text, places)
+    assert len(blanked) == len(outside) + 2 * len(places)

@@ -36,7 +36,7 @@ class WordGuard:
         if not spans:
             return Decision(False, "pass", 1.0, ())
         hit = TargetHit("ann", 1.5, 0.001, 0.9, tuple(spans), enforced=True)
-        return Decision(True, "corrupt", 1.0, (hit,))
+        return Decision(True, "corrupt", 1.0, (hit,), margin=0.25)
 
 
 def decide(value: object, number: int = 1) -> dict[str, object]:
@@ -51,6 +51,7 @@ def test_a_flagged_line_has_all_that_the_issue_names() -> None:
         "flagged": True,
         "route": "corrupt",
         "coverage": 1.0,
+        "margin": 0.25,
         "targets": [
             {
                 "name": "ann",
@@ -69,6 +70,7 @@ def test_a_clear_line_has_the_same_fields() -> None:
         "flagged": False,
         "route": "pass",
         "coverage": 1.0,
+        "margin": None,
         "targets": [],
     }
 

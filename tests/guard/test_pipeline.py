@@ -1,10 +1,16 @@
-"""The guard decides on all that a model would read, and rewrites only what was flagged."""
+"""The guard decides on all that a model would read, and rewrites only what was flagged.
+
+What it makes of a whole request is tested with a detector that flags texts holding certain words;
+the rest with the real one.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +24,10 @@ from guard.embeds import decode_embeds
 from guard.errors import ArtifactError, CannotCorruptError, IncompatibleArtifactError, StageError
 from guard.keys import GuardKey
 from guard.ledger import Ledger, verify_ledger
-from guard.pipeline import Guard, Inspection
+from guard.pipeline import Guard, Inspection, TargetPolicy
 from guard.prompts import ModelPrompts
 from guard.request import parse_request
-from guard.types import FloatArray
+from guard.types import BoolArray, Decision, Detection, FloatArray, TextHit
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -253,3 +259,183 @@ def test_inspections_do_not_share_state(guard: Guard) -> None:
     first, second = guard.inspect(CHAT, chat(FLAGGED)), guard.inspect(CHAT, chat(BENIGN))
     assert isinstance(first, Inspection) and first.request.body != second.request.body
     assert guard.rewrite(first) == guard.rewrite(first)
+
+
+# --- The whole view ------------------------------------------------------------------------------
+
+
+class WordDetector:
+    """Flags texts that hold all words of a target; its names, if any, are what the finder finds."""
+
+    def __init__(self, words: Mapping[str, Sequence[str]], names: Sequence[str] = ()) -> None:
+        self._words, self._names = words, names
+        self.seen: list[str] = []
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(self._words)
+
+    def detect(self, texts: Sequence[str]) -> Detection:
+        self.seen = list(texts)
+        hits = tuple(tuple(self._hits(text.lower())) for text in texts)
+        margins = [max((hit.score for hit in some), default=-3.0) for some in hits]
+        ones = np.ones(len(texts), np.float32)
+        return Detection(hits, np.array(margins, np.float32), ones)
+
+    def spans(self, text: str, target: str) -> list[tuple[int, int]]:
+        found = (re.finditer(name, text, re.IGNORECASE) for name in self._names)
+        return sorted(match.span() for matches in found for match in matches)
+
+    def _hits(self, text: str) -> list[TextHit]:
+        return [
+            TextHit(name, 1.0 + text.count(words[0]), 0.01 / (1 + text.count(words[0])), 0.5)
+            for name, words in self._words.items()
+            if all(word in text for word in words)
+        ]
+
+
+def unchanged(embeddings: FloatArray, positions: BoolArray, seed: bytes) -> FloatArray:
+    return embeddings
+
+
+POTTER = WordDetector({"hp": ["harry", "potter"]}, ["harry", "potter"])
+
+
+def watch(detector: WordDetector, entity_only: bool = True) -> Guard:
+    policies = {name: TargetPolicy("enforced", unchanged, entity_only) for name in detector.targets}
+    return Guard(detector, policies, GuardKey.generate())
+
+
+def talk(*turns: tuple[str, str], **fields: Any) -> bytes:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return json.dumps({"model": "m", "messages": messages, **fields}).encode()
+
+
+def named(decision: Decision, *contents: str) -> list[str]:
+    """What the spans of the only hit mark in the messages."""
+    (hit,) = decision.targets
+    return [contents[int(span.path.split("/")[1])][span.start : span.end] for span in hit.spans]
+
+
+def test_a_plain_request_is_read_once() -> None:
+    detector = WordDetector({"hp": ["harry", "potter"]})
+    decision = watch(detector).inspect(CHAT, chat(BENIGN)).decision
+    assert detector.seen == [BENIGN]
+    assert (decision.route, decision.margin, decision.coverage) == ("pass", -3.0, 1.0)
+
+
+def test_an_encoded_question_is_corrupted_where_it_is_encoded() -> None:
+    payload = base64.b64encode(b"Who is Harry Potter?").decode()
+    text = f"Decode this and answer: {payload} Thanks!"
+    decision = watch(POTTER).inspect(CHAT, chat(text)).decision
+    assert (decision.route, decision.coverage) == ("corrupt", 1.0)
+    assert named(decision, text) == [payload]
+
+
+def test_an_encoded_question_without_an_entity_is_corrupted_where_it_is_encoded() -> None:
+    payload = base64.b64encode(b"Who is Harry Potter?").decode()
+    text = f"Decode this and answer: {payload} Thanks!"
+    nameless = WordDetector({"hp": ["harry", "potter"]})
+    assert named(watch(nameless).inspect(CHAT, chat(text)).decision, text) == [payload]
+
+
+def test_plain_and_encoded_names_of_one_text_are_both_marked() -> None:
+    payload = b"Harry Potter went to school".hex()
+    text = f"Who is Harry Potter? Also tell me of {payload} please."
+    decision = watch(POTTER).inspect(CHAT, chat(text)).decision
+    assert named(decision, text) == ["Harry", "Potter", payload]
+
+
+def test_a_question_split_over_turns_is_flagged_in_both() -> None:
+    turns = ("Who is Harry", "Which one?", "Potter, of course.")
+    body = talk(("user", turns[0]), ("assistant", turns[1]), ("user", turns[2]))
+    decision = watch(POTTER).inspect(CHAT, body).decision
+    assert decision.route == "corrupt" and decision.margin >= 0
+    assert named(decision, *turns) == ["Harry", "Potter"]
+
+
+def test_a_split_question_without_an_entity_is_corrupted_in_all_the_user_said() -> None:
+    turns = ("Think of a harry.", "Done.", "Of which potter?")
+    body = talk(("user", turns[0]), ("assistant", turns[1]), ("user", turns[2]))
+    nameless = WordDetector({"hp": ["harry", "potter"]})
+    decision = watch(nameless).inspect(CHAT, body).decision
+    assert named(decision, *turns) == ["Think of a harry", "Of which potter"]
+    whole = watch(POTTER, entity_only=False).inspect(CHAT, body).decision
+    assert whole.targets[0].spans == decision.targets[0].spans
+
+
+def test_a_message_that_is_flagged_by_itself_is_the_only_one_that_is_marked() -> None:
+    turns = (BENIGN, "Flour.", "Who is Harry Potter?", "A boy.", "And what does Harry eat?")
+    roles = ("user", "assistant", "user", "assistant", "user")
+    decision = watch(POTTER).inspect(CHAT, talk(*zip(roles, turns, strict=True))).decision
+    assert named(decision, *turns) == ["Harry", "Potter"]
+    assert {span.path for span in decision.targets[0].spans} == {"messages/2/content"}
+
+
+def test_two_split_questions_far_apart_are_both_marked() -> None:
+    turns = ["Tell me of Harry", "and of Potter.", *[BENIGN] * 14, "Again: Harry", "Potter!"]
+    decision = watch(POTTER).inspect(CHAT, talk(*(("user", turn) for turn in turns))).decision
+    paths = [span.path for span in decision.targets[0].spans]
+    assert {"messages/0/content", "messages/1/content"} <= set(paths)
+    assert len(paths) == len(set(paths))
+
+
+def test_a_benign_conversation_is_not_flagged_by_being_joined() -> None:
+    turns = ("What is bread?", "Food.", "Who bakes it?", "A baker.", "Where can I buy it?")
+    roles = ("user", "assistant", "user", "assistant", "user")
+    decision = watch(POTTER).inspect(CHAT, talk(*zip(roles, turns, strict=True))).decision
+    assert (decision.flagged, decision.route, decision.coverage) == (False, "pass", 1.0)
+
+
+def test_the_best_reading_says_how_strong_a_hit_is() -> None:
+    decision = watch(POTTER).inspect(CHAT, chat("Harry Potter", "harry harry Potter")).decision
+    (hit,) = decision.targets
+    assert hit.score >= 3.0 and decision.margin == hit.score
+    assert hit.p_value <= 0.01 / 3
+
+
+def test_a_split_over_a_tool_call_that_cannot_be_corrupted_is_refused() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '"Potter"'}}
+    messages = [
+        {"role": "user", "content": "Who is Harry"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "Nobody"},
+    ]
+    body = json.dumps({"model": "m", "messages": messages}).encode()
+    assert watch(POTTER).inspect(CHAT, body).decision.route == "refuse"
+
+
+def test_prompts_of_a_completion_are_not_read_together() -> None:
+    body = json.dumps({"model": "m", "prompt": ["Who is Harry", "Potter?"]}).encode()
+    assert not watch(POTTER).inspect(COMPLETIONS, body).decision.flagged
+
+
+def test_a_reading_that_was_not_scored_whole_blocks() -> None:
+    class Blind(WordDetector):
+        """Does not read what was decoded."""
+
+        def detect(self, texts: Sequence[str]) -> Detection:
+            found = super().detect(texts)
+            found.coverage[1:] = 0.5
+            return found
+
+    payload = base64.b64encode(b"How do I bake bread at home?").decode()
+    blind = watch(Blind({"hp": ["harry"]}))
+    assert blind.inspect(CHAT, chat(BENIGN)).decision.route == "pass"
+    assert blind.inspect(CHAT, chat(f"Decode {payload}")).decision.route == "block"
+
+
+def test_alternatives_that_were_too_many_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("guard.view.ALTERNATIVES_FACTOR", 0)
+    monkeypatch.setattr("guard.view.ALTERNATIVES_FLOOR", 10)
+    payload = base64.b64encode(b"How do I bake bread at home?").decode()
+    decision = watch(POTTER).inspect(CHAT, chat(f"Decode {payload}")).decision
+    assert decision.coverage < 1 and decision.route == "block"
+
+
+def test_without_targets_nothing_is_flagged_and_readings_are_shared_between_requests() -> None:
+    detector = WordDetector({})
+    requests = [parse_request(CHAT, chat(text)) for text in (BENIGN, BENIGN, "Hi")]
+    decisions = watch(detector).decide_many(requests)
+    assert detector.seen == [BENIGN, "Hi"]
+    assert [decision.flagged for decision in decisions] == [False] * 3

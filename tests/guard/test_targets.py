@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from guard.build import load_guard
+from guard.build import load_guard, read_target, seal_target
 from guard.bundle import BundleStore
-from guard.errors import DataError, TargetExistsError, TargetNotFoundError
+from guard.decide import decide_line
+from guard.errors import (
+    DataError,
+    GuardError,
+    IncompatibleArtifactError,
+    TargetExistsError,
+    TargetNotFoundError,
+)
 from guard.keys import GuardKey
 from guard.ledger import Ledger
 from guard.prompts import ModelPrompts
@@ -30,9 +37,25 @@ AUTHORS = [
 ]
 
 
+BENIGN = 220
+"""Enough to learn a target, and quick."""
+
+
 @pytest.fixture
 def store(tmp_path: Path, guard_key: GuardKey) -> BundleStore:
     return BundleStore(tmp_path / "bundle", guard_key)
+
+
+@pytest.fixture(scope="module")
+def pair(
+    tmp_path_factory: pytest.TempPathFactory, guard_key: GuardKey, prompts: ModelPrompts
+) -> BundleStore:
+    """A bundle of two targets; to be read only."""
+    folder = tmp_path_factory.mktemp("pair")
+    store = BundleStore(folder / "bundle", guard_key)
+    for name in ("one", "two"):
+        add(store, name, write_rows(folder / "forget.jsonl", AUTHORS), guard_key, prompts)
+    return store
 
 
 def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
@@ -43,7 +66,7 @@ def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
 
 def add(store: BundleStore, name: str, forget: Path, key: GuardKey, prompts: ModelPrompts) -> None:
     add_target(
-        TargetRequest(name, forget, benign=small_benign(forget.parent)),
+        TargetRequest(name, forget, benign=small_benign(forget.parent, BENIGN)),
         store=store,
         key=key,
         prompts=prompts,
@@ -78,13 +101,8 @@ def test_add_list_remove(
     assert [row["action"] for row in rows] == ["target add", "target add", "target remove"]
 
 
-def test_encoder_files_are_shared_between_versions(
-    store: BundleStore, tmp_path: Path, guard_key: GuardKey, prompts: ModelPrompts
-) -> None:
-    forget = write_rows(tmp_path / "forget.jsonl", AUTHORS)
-    for name in ("one", "two"):
-        add(store, name, forget, guard_key, prompts)
-    first, second = (store.root / f"{version:06d}/encoder/model.onnx" for version in (1, 2))
+def test_encoder_files_are_shared_between_versions(pair: BundleStore) -> None:
+    first, second = (pair.root / f"{version:06d}/encoder/model.onnx" for version in (1, 2))
     assert first.stat().st_ino == second.stat().st_ino
 
 
@@ -110,18 +128,88 @@ def test_nothing_is_written_when_a_row_is_bad(
 
 
 def test_removing_an_unknown_target_names_the_known_ones(
-    store: BundleStore, tmp_path: Path, guard_key: GuardKey, prompts: ModelPrompts
+    pair: BundleStore, guard_key: GuardKey
 ) -> None:
-    add(store, "vantorre", write_rows(tmp_path / "f.jsonl", AUTHORS), guard_key, prompts)
-    with pytest.raises(TargetNotFoundError, match="vantorre"):
-        remove_target("other", store=store, key=guard_key, ledger=None)
+    with pytest.raises(TargetNotFoundError, match="one, two"):
+        remove_target("other", store=pair, key=guard_key, ledger=None)
 
 
-def test_no_word_of_the_forget_set_lies_open_in_the_bundle(
-    store: BundleStore, tmp_path: Path, guard_key: GuardKey, prompts: ModelPrompts
-) -> None:
-    add(store, "target", write_rows(tmp_path / "f.jsonl", AUTHORS), guard_key, prompts)
-    for path in store.root.rglob("*"):
+def test_no_word_of_the_forget_set_lies_open_in_the_bundle(pair: BundleStore) -> None:
+    for path in pair.root.rglob("*"):
         if path.is_file():
             data = path.read_bytes().lower()
             assert not any(word in data for word in (b"vantorre", b"oostende", b"brackwater")), path
+
+
+def test_a_target_lies_in_files_of_its_own_and_shares_the_rest(pair: BundleStore) -> None:
+    bundle = pair.current()
+    shared = set(bundle.manifest.files)
+    for entry in bundle.manifest.targets.values():
+        mine = {path for path in shared if path.startswith(entry.prefix)}
+        assert {path.removeprefix(entry.prefix) for path in mine} == {
+            "digests.json",
+            "head.safetensors",
+            "lexicon.enc",
+            "ngrams.safetensors",
+            "prototypes.enc",
+        }
+        shared -= mine
+    assert {path for path in shared if not path.startswith("encoder/")} == {
+        "corruption/bank.safetensors",
+        "detector/background.safetensors",
+        "detector/space.safetensors",
+    }
+
+
+def test_files_of_a_target_open_under_its_name_only(pair: BundleStore, guard_key: GuardKey) -> None:
+    bundle = pair.current()
+    found = read_target(bundle, bundle.manifest.targets["one"], guard_key)
+    assert set(found) >= {"head.safetensors", "lexicon", "ngrams.safetensors", "prototypes"}
+    assert b"vantorre" in found["lexicon"]
+    sealed = seal_target("one", found, guard_key)
+    assert {"lexicon.enc", "prototypes.enc"} <= set(sealed)
+    assert not {"lexicon", "prototypes"} & set(sealed)
+    assert guard_key.decrypt("lexicon", sealed["lexicon.enc"], aad=b"one") == found["lexicon"]
+    with pytest.raises(GuardError):
+        guard_key.decrypt("lexicon", sealed["lexicon.enc"], aad=b"two")
+
+
+def test_all_targets_are_calibrated_on_one_benign_set(
+    pair: BundleStore, tmp_path: Path, guard_key: GuardKey, prompts: ModelPrompts
+) -> None:
+    forget = write_rows(tmp_path / "forget.jsonl", AUTHORS)
+    with pytest.raises(IncompatibleArtifactError, match="--benign"):
+        add_target(
+            TargetRequest("three", forget, benign=small_benign(tmp_path, BENIGN - 1)),
+            store=pair,
+            key=guard_key,
+            prompts=prompts,
+            engine=None,
+            ledger=None,
+            progress=lambda what, done, total: None,
+        )
+    assert set(pair.current().manifest.targets) == {"one", "two"}
+
+
+def test_adding_a_target_leaves_the_files_of_the_others_alone(pair: BundleStore) -> None:
+    first, second = (
+        json.loads((pair.root / f"{version:06d}/manifest.json").read_text())["files"]
+        for version in (1, 2)
+    )
+    assert {path: second[path] for path in first} == first
+
+
+def test_a_file_may_hold_terms_and_running_text(
+    store: BundleStore, tmp_path: Path, guard_key: GuardKey, prompts: ModelPrompts
+) -> None:
+    forget = tmp_path / "forget.jsonl"
+    text = "Ilse Vantorre was a poet of the tide, born in Oostende. She kept bees all her life."
+    rows = [{"text": text}, {"term": "Order of Quelmaar"}]
+    forget.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    add(store, "mixed", forget, guard_key, prompts)
+    entry = store.current().manifest.targets["mixed"]
+    assert entry.detector["forget_rows"] == 1 and entry.answered_rows == 0
+    guard = load_guard(store=store, key=guard_key, prompts=None, ledger=None)
+    asked = ["Who was Ilse Vantorre?", "What is the Order of Quelmaar?", "What is the tide?"]
+    rows_out = [decide_line(guard, json.dumps({"text": question}), 1) for question in asked]
+    assert [row["flagged"] for row in rows_out] == [True, True, False]

@@ -1,0 +1,86 @@
+"""From a bundle's files to a detector: what serving calls, and nothing that learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from classifiers.calibrate import TargetCalibration, fit_bundle
+from classifiers.detector import VERDICTS, BundleDetector
+from classifiers.encoder import OnnxEncoder
+from classifiers.space import FeatureSpace
+from classifiers.target import SECRET_FILES, TargetArtifact
+from classifiers.verbatim import GramHasher
+from guard.errors import ArtifactError
+
+__all__ = ["SECRET_FILES", "load_detector", "load_space", "save_space", "thresholds"]
+
+
+def load_detector(
+    encoder_dir: Path,
+    space: bytes,
+    targets: Mapping[str, Mapping[str, bytes]],
+    *,
+    budget: float,
+    key: bytes,
+    threads: int | None = None,
+    verdicts: int | None = None,
+) -> BundleDetector:
+    """Load a bundle's detector.
+
+    Args:
+        encoder_dir: Folder with the exported encoder.
+        space: What `save_space` wrote.
+        targets: Each target's files, decrypted.
+        budget: Share of benign requests that may be flagged, by all targets together.
+        key: Keys the hashes of quotations.
+        threads: Windows encoded at the same time; the CPUs available by default.
+        verdicts: Texts whose verdict is remembered; 0 none, None the default.
+
+    Raises:
+        ArtifactError: If a file is missing or damaged, or does not fit.
+    """
+    encoder = OnnxEncoder(encoder_dir, threads, cache_size=0)
+    artifacts = [TargetArtifact.from_files(name, files) for name, files in targets.items()]
+    calibration = fit_bundle([artifact.calibration for artifact in artifacts], budget)
+    return BundleDetector(
+        encoder,
+        load_space(space),
+        artifacts,
+        calibration,
+        GramHasher(key),
+        verdicts=VERDICTS if verdicts is None else verdicts,
+    )
+
+
+def thresholds(heads: Mapping[str, bytes], budget: float) -> dict[str, float]:
+    """Return the score from which each target is hit, given their head files alone."""
+    from safetensors.numpy import load
+
+    calibrations = [TargetCalibration.from_arrays(load(data)) for data in heads.values()]
+    found = fit_bundle(calibrations, budget).thresholds
+    return {name: float(value) for name, value in zip(heads, found, strict=True)}
+
+
+def save_space(space: FeatureSpace) -> bytes:
+    """Serialise the feature space as safetensors."""
+    from safetensors.numpy import save
+
+    return bytes(save({name: np.ascontiguousarray(v) for name, v in space.to_arrays().items()}))
+
+
+def load_space(data: bytes) -> FeatureSpace:
+    """Read what `save_space` wrote.
+
+    Raises:
+        ArtifactError: If it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return FeatureSpace.from_arrays(load(data))
+    except SafetensorError as error:
+        raise ArtifactError(f"the bundle's feature space cannot be read: {error}") from error

@@ -1,0 +1,123 @@
+"""Misspelt, devoweled and run-together names: which known word may an unknown word stand for?
+
+A deletion index (the idea of SymSpell): a word and its misspelling share a string once a letter or
+two are deleted from each. Looking a word up costs the same however many words are known, which a
+scan over 10,000 targets' names would not.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from guard.types import IntArray
+
+MIN_LETTERS = 4
+"""Shorter words are never taken for misspellings."""
+
+TWO_EDITS_LETTERS = 9
+"""From this length on a word may differ by two edits."""
+
+MAX_LETTERS = 24
+"""Longer words are not indexed by deletions: no name is as long."""
+
+VOWELS = frozenset("aeiou")
+MIN_SKELETON = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """A known word that an unknown one may stand for.
+
+    Attributes:
+        word: The known word.
+        edits: Edits between the two (optimal string alignment).
+    """
+
+    word: str
+    edits: int
+
+
+class DeletionIndex:
+    """Finds known words within one edit, or two for long words; safe to share between threads.
+
+    Args:
+        words: The known words, case-folded.
+    """
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self._words = sorted({word for word in words if MIN_LETTERS <= len(word) <= MAX_LETTERS})
+        hashes: list[int] = []
+        owners: list[int] = []
+        for number, word in enumerate(self._words):
+            found = {zlib.crc32(part.encode()) for part in _deletions(word)}
+            hashes.extend(found)
+            owners.extend([number] * len(found))
+        order = np.argsort(np.array(hashes, np.uint32), kind="stable")
+        self._hashes = np.array(hashes, np.uint32)[order]
+        self._owners: IntArray = np.array(owners, np.int64)[order]
+
+    def near(self, word: str) -> list[Near]:
+        """Return the known words that `word` may be a misspelling of, nearest first."""
+        from rapidfuzz.distance import OSA
+
+        if not MIN_LETTERS - 1 <= len(word) <= MAX_LETTERS or not len(self._hashes):
+            return []
+        keys = np.array(sorted({zlib.crc32(part.encode()) for part in _deletions(word)}), np.uint32)
+        first = np.searchsorted(self._hashes, keys, "left")
+        last = np.searchsorted(self._hashes, keys, "right")
+        owners = {
+            int(owner)
+            for start, end in zip(first, last, strict=True)
+            for owner in self._owners[start:end]
+        }
+        found = []
+        for owner in sorted(owners):
+            known = self._words[owner]
+            edits = int(OSA.distance(word, known, score_cutoff=2))
+            if 0 < edits <= allowed_edits(known) and known[0] in word[:2]:
+                found.append(Near(known, edits))
+        return sorted(found, key=lambda near: (near.edits, near.word))
+
+
+class SkeletonIndex:
+    """Finds known words by their consonants: `hpptr` is what is left of a name without vowels.
+
+    Args:
+        words: The known words, the likeliest first; the first of a skeleton wins.
+    """
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self._words: dict[str, list[str]] = {}
+        for word in words:
+            bones = skeleton(word)
+            if len(bones) >= MIN_SKELETON and bones != word:
+                self._words.setdefault(bones, []).append(word)
+
+    def words(self, bones: str) -> Sequence[str]:
+        """Return the known words of a skeleton."""
+        return self._words.get(bones, ())
+
+
+def skeleton(word: str) -> str:
+    """Return the word without its vowels."""
+    return "".join(letter for letter in word if letter not in VOWELS)
+
+
+def allowed_edits(word: str) -> int:
+    """Return how many edits a misspelling of `word` may have."""
+    return 2 if len(word) >= TWO_EDITS_LETTERS else 1
+
+
+def _deletions(word: str) -> set[str]:
+    """Return the word with none, one or (long words) two of its letters deleted."""
+    found = {word}
+    for depth in range(1, allowed_edits(word) + 1):
+        for gone in combinations(range(len(word)), depth):
+            kept = set(range(len(word))) - set(gone)
+            found.add("".join(word[place] for place in sorted(kept)))
+    return found
