@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -27,7 +28,7 @@ MIN_BENIGN = 200
 ENCODE_AT_ONCE = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Segments:
     """Texts cut into windows, in the shared space.
 
@@ -40,6 +41,11 @@ class Segments:
     rows: FloatArray
     owners: IntArray
     places: IntArray
+
+    @cached_property
+    def units(self) -> FloatArray:
+        """The rows at length 1."""
+        return unit(self.rows)
 
     def best(self, scores: FloatArray, texts: int) -> FloatArray:
         """Return each text's best window score, shape (windows,) -> (texts,)."""

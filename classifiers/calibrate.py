@@ -29,9 +29,9 @@ KEPT_SCORES = 160
 FAR = 1e6
 """Stands for infinity in files."""
 
-LEAST_SCORE = 4.5
-"""Log-odds below which no request is flagged, however quiet benign traffic is: neighbours of the
-target are not among it."""
+LEAST_SCORE, LEAST_SCORE_KEPT = 4.5, 1.0
+"""Log-odds below which no request is flagged, however quiet benign traffic is: the target's
+neighbours are not among it. Lower where retain texts tell what they score."""
 
 RETAIN_BUDGET = 0.005
 """Share of held-out retain texts that may be flagged."""
@@ -41,7 +41,7 @@ ONE_SIDED_Z = 1.645
 MIN_COUNTED = 3
 """Benign texts beyond a threshold from which they are counted; fewer, and the tail model speaks."""
 
-GAP_QUANTILE, GAP_SHARE, GAP_MOST = 0.05, 0.5, 2.0
+GAP_QUANTILE, GAP_SHARE, GAP_MOST = 0.05, 0.5, 1.0
 """Where forget scores leave a gap above the budget's threshold, it moves this share of the way to
 this quantile of theirs, by half of GAP_MOST at most: real traffic is more varied than any set."""
 
@@ -123,7 +123,7 @@ def fit_target(
     own = benign.copy()
     own[list(naming)] = -FAR
     ids = np.argsort(-own, kind="stable")[:KEPT_SCORES]
-    bound = _above(np.quantile(retain, 1.0 - RETAIN_BUDGET)) if len(retain) else -FAR
+    bound = _above(float(np.quantile(retain, 1.0 - RETAIN_BUDGET))) if len(retain) else -FAR
     low = float(np.quantile(forget, GAP_QUANTILE)) if len(forget) else -FAR
     median = float(np.median(forget)) if len(forget) else -FAR
     return TargetCalibration(ids, own[ids].astype(np.float32), texts, bound, low, median)
@@ -198,12 +198,14 @@ def fit_bundle(targets: Sequence[TargetCalibration], budget: float) -> BundleCal
         np.maximum.at(best, target.ids, target.scores - offset)
     seen = best[best > -FAR]
     tail = fit_tail(seen, min(TAIL_SHARE, KEPT_SCORES / texts), texts)
-    base = max(tail_quantile(best, cautious_budget(budget, texts), tail), LEAST_SCORE)
+    base = max(tail_quantile(best, cautious_budget(budget, texts), tail), LEAST_SCORE_KEPT)
     thresholds = base + offsets
     for number, target in enumerate(targets):
-        thresholds[number] = max(float(thresholds[number]), target.retain)
         room = target.forget_low - float(thresholds[number])
         thresholds[number] += GAP_SHARE * min(max(0.0, room), GAP_MOST)
+        # Without retain texts nothing is known of the neighbours: be careful.
+        least = target.retain if target.retain > -FAR else LEAST_SCORE
+        thresholds[number] = max(float(thresholds[number]), least)
     medians = np.array([target.forget_median for target in targets], np.float32)
     return BundleCalibration(
         thresholds.astype(np.float32), float(base), offsets.astype(np.float32), tail, medians

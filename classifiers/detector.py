@@ -19,7 +19,6 @@ from classifiers.encoder import OnnxEncoder, Window
 from classifiers.evidence import QUOTED_LOGIT, Fusion, fuse, gather, most
 from classifiers.fusion import FUSION
 from classifiers.lexicon import LexicalReading, LexiconIndex
-from classifiers.neighbours import PrototypeIndex
 from classifiers.space import FeatureSpace
 from classifiers.spans import blank_places, entity_places, merge_places
 from classifiers.target import TargetArtifact
@@ -27,8 +26,8 @@ from classifiers.verbatim import GramHasher, VerbatimIndex
 from guard.errors import IncompatibleArtifactError, TargetNotFoundError
 from guard.types import Detection, FloatArray, TextHit
 
-NAMED_CANDIDATES, NEAR_CANDIDATES = 16, 8
-"""Targets that get a full score for a text: by their names, and by their rows."""
+NAMED_CANDIDATES = 16
+"""Targets that get a full score for a text, those that its terms point at most heavily."""
 
 VERDICTS = 4096
 
@@ -77,7 +76,6 @@ class BundleDetector:
         lexicons = [artifact.lexicon for artifact in artifacts]
         self._index = LexiconIndex(lexicons, encoder.is_common, encoder.common_words())
         self._quotes = VerbatimIndex([artifact.grams for artifact in artifacts], hasher)
-        self._near = PrototypeIndex([a.prototypes for a in artifacts], space.dimensions)
         self._topics = [n for n, a in enumerate(artifacts) if a.fusion is not None]
         self._cache = _VerdictCache(verdicts)
 
@@ -188,7 +186,7 @@ class BundleDetector:
         for number, pointer in reading.candidates().items():
             if self._artifacts[number].fusion is not None:
                 continue  # always looked at
-            bound = most(pointer.single, pointer.full, pointer.strong, self._fusion)
+            bound = most(pointer.single, pointer.full, pointer.total, pointer.strong, self._fusion)
             if bound >= thresholds[number]:
                 found.append((bound, pointer.full + pointer.single, number))
         found.sort(reverse=True)
@@ -220,7 +218,7 @@ class BundleDetector:
     def _margin(self, verdict: Verdict) -> float:
         thresholds = self._calibration.thresholds
         margins = [score - float(thresholds[n]) for n, score in verdict.scores.items()]
-        return max(margins, default=-FAR)
+        return max(margins, default=float("-inf"))
 
     def _number(self, target: str) -> int:
         try:

@@ -79,18 +79,22 @@ def fuse(evidence: FloatArray, fusion: Fusion) -> FloatArray:
     return np.asarray(np.where(named, np.maximum(logits, NAMED_LOGIT), logits), np.float32)
 
 
-def most(single: float, full: float, strong: int, fusion: Fusion) -> float:
+def most(single: float, full: float, total: float, strong: int, fusion: Fusion) -> float:
     """Return the highest log-odds that a text with these terms can reach, whatever its topic."""
     if full >= STRONG:
         return NAMED_LOGIT + QUOTED_LOGIT
-    strong = min(strong, 3)
-    total = math.log1p(10.0 * max(strong, 1) + 30.0) if single or full else 0.0
-    evidence = np.array([[1.0, TOPIC_MOST, single, full, total, strong, 0.0]], np.float32)
+    lexical = single, full, math.log1p(total), min(strong, 3), 0.0
+    evidence = np.array([[1.0, TOPIC_MOST, *lexical]], np.float32)
     return float(fuse(evidence, fusion)[0])
 
 
 def gather(
-    rows: FloatArray, prototypes: FloatArray, head: FloatArray, spread: float, lexical: FloatArray
+    rows: FloatArray,
+    prototypes: FloatArray,
+    head: FloatArray,
+    spread: float,
+    lexical: FloatArray,
+    units: FloatArray | None = None,
 ) -> FloatArray:
     """Put one target's evidence together, shape (windows, 7).
 
@@ -100,16 +104,17 @@ def gather(
         head: Its topic head, shape (dimensions + 1,).
         spread: Standard deviation of the head's score over benign windows.
         lexical: The lexicon's numbers, shape (windows, 5).
+        units: The rows at length 1, if they are known.
     """
     out = np.empty((len(rows), 2 + LEXICAL), np.float32)
-    out[:, 0] = nearest(rows, prototypes)
+    out[:, 0] = nearest(unit(rows) if units is None else units, prototypes)
     out[:, 1] = apply(head, rows) / spread
     out[:, 2:] = lexical
     return out
 
 
-def nearest(rows: FloatArray, prototypes: FloatArray) -> FloatArray:
-    """Return the highest cosine of each row to a prototype, shape (rows,); -1 without any."""
+def nearest(units: FloatArray, prototypes: FloatArray) -> FloatArray:
+    """Return the highest cosine of each direction to a prototype, shape (rows,); -1 without any."""
     if not len(prototypes):
-        return np.full(len(rows), -1.0, np.float32)
-    return np.asarray((unit(rows) @ prototypes.T).max(axis=1), np.float32)
+        return np.full(len(units), -1.0, np.float32)
+    return np.asarray((units @ prototypes.T).max(axis=1), np.float32)

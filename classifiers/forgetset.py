@@ -42,6 +42,14 @@ class ForgetSet:
     terms: list[Words]
 
     @property
+    def asked(self) -> list[str]:
+        """What users may send: questions, or passages where there are none.
+
+        The first of `texts`, so that `owners` holds for them too.
+        """
+        return self.questions or self.passages
+
+    @property
     def texts(self) -> list[str]:
         """Questions, then passages."""
         return [*self.questions, *self.passages]

@@ -26,7 +26,7 @@ MAX_LETTERS = 24
 """Longer words are not indexed by deletions: no name is as long."""
 
 VOWELS = frozenset("aeiou")
-MIN_SKELETON = 2
+MIN_SKELETON = 1
 
 
 @dataclass(frozen=True, slots=True)

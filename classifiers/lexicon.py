@@ -7,10 +7,12 @@ target and for 10,000.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,10 +43,18 @@ JOINED_LETTERS = 8
 MIDDLE_NAME_FACTOR = 0.9
 """What is left of a full name that holds one more name ("Ann Mary Example")."""
 
+LEET = {"0": "o", "1": "il", "2": "z", "3": "e", "4": "a", "5": "s", "6": "gb", "7": "t", "8": "b"}
+"""Letters that a digit stands for."""
+
+MAX_LEET_LETTERS, MAX_LEET_WORDS = 24, 64
+
 MAX_KNOWN_WORDS = 100_000
 
 MAX_OWNERS = 64
 """A term of more targets than this names none of them; it still counts beside another."""
+
+BARE_LETTERS, BARE_LETTERS_OF_NAME = 6, 4
+"""Consonants that a word, and a name of several, needs to be known without its vowels."""
 
 BARE_RUN, BARE_SHARE = 5, 0.75
 """Words in a row, and the share of them without vowels, that make a text without vowels."""
@@ -182,7 +192,8 @@ class LexiconIndex:
             self._add(number, lexicon)
         names = sorted(word for word in self._words if not word.startswith(DATE))
         self._near = DeletionIndex(names)
-        self._bones = SkeletonIndex([*names, *ranked]) if ranked else SkeletonIndex(names)
+        self._bones = SkeletonIndex(names)
+        self._restored = SkeletonIndex([*ranked, *names])
         self._known: dict[str, tuple[Variant, ...]] = {}
         self._lock = threading.Lock()
 
@@ -233,7 +244,7 @@ class LexiconIndex:
         out, at = [], 0
         for place in sorted(bare):
             word, start, end = words[place]
-            known = self._bones.words(word)
+            known = self._restored.words(word)
             if known:
                 out += [text[at:start], known[0]]
                 at = end
@@ -248,7 +259,9 @@ class LexiconIndex:
         best: dict[tuple[int, int, Words], Match] = {}
         beginnings = self._root.children
         for first, options in enumerate(variants):
-            if not any(word in beginnings for word, _ in options):
+            if options[0][0] not in beginnings and (
+                len(options) == 1 or not any(word in beginnings for word, _ in options)
+            ):
                 continue
             stack = [(self._root, first, 1.0)]
             while stack:
@@ -295,6 +308,11 @@ class LexiconIndex:
         if factor < 1.0:
             if len(node.term) == 1 and len(node.term[0]) < FUZZY_ALONE_LETTERS:
                 return None
+            written = [words[at][0] for at in range(first, last)]
+            bare = [word for word in written if _BARE.fullmatch(word)]
+            needed = BARE_LETTERS if len(written) == 1 else BARE_LETTERS_OF_NAME
+            if len(bare) == len(written) and sum(map(len, bare)) < needed:
+                return None  # "hs" is many a word
             strangers = set().union(
                 *(self._others.get(words[at][0], set()) for at in range(first, last))
             )
@@ -310,7 +328,7 @@ class LexiconIndex:
             return ((word, 1.0), *((name, FUZZY_FACTOR) for name in known))
         found = self._known.get(word)
         if found is None:
-            exact = word in self._words or len(word) < 4
+            exact = word in self._words or (len(word) < 4 and word.isalpha())
             found = ((word, 1.0),) if exact else self._mend(word)
             with self._lock:
                 if len(self._known) > MAX_KNOWN_WORDS:
@@ -318,9 +336,19 @@ class LexiconIndex:
                 self._known[word] = found
         return found
 
+    def _unleet(self, word: str) -> tuple[Variant, ...]:
+        """Return the known words that digits in a word may stand for: `w31` is Wei."""
+        choices = [LEET.get(letter, letter) for letter in word[:MAX_LEET_LETTERS]]
+        if math.prod(map(len, choices)) > MAX_LEET_WORDS or word.isdigit():
+            return ()
+        guesses = ("".join(letters) for letters in itertools.product(*choices))
+        return tuple((guess, FUZZY_FACTOR) for guess in guesses if guess in self._words)
+
     def _mend(self, word: str) -> tuple[Variant, ...]:
         if word.endswith("s") and word[:-1] in self._words:
             return ((word[:-1], 1.0),)
+        if not word.isalpha():
+            return self._unleet(word) or ((word, 1.0),)
         if self._common(word):
             return ((word, 1.0),)
         return tuple((near.word, FUZZY_FACTOR) for near in self._near.near(word)) or ((word, 1.0),)
@@ -353,11 +381,21 @@ class PreparedText:
 
 @dataclass(slots=True)
 class Pointer:
-    """How heavily terms point at a target: heaviest part, heaviest full name, strong matches."""
+    """How heavily terms point at a target: heaviest part, full name, all, and strong ones."""
 
     single: float = 0.0
     full: float = 0.0
+    total: float = 0.0
     strong: int = 0
+
+    def add(self, worth: float, full: bool) -> None:
+        """Count one more match."""
+        if full:
+            self.full = max(self.full, worth)
+        else:
+            self.single = max(self.single, worth)
+        self.total += worth
+        self.strong += worth >= STRONG * FUZZY_FACTOR
 
 
 class LexicalReading:
@@ -391,15 +429,14 @@ class LexicalReading:
             if len(match.owners) > MAX_OWNERS:
                 continue
             for number, weight in match.owners.items():
-                worth = weight * match.factor
                 known = found.get(number)
                 if known is None:
                     known = found[number] = Pointer()
-                if number in match.primary:
-                    known.full = max(known.full, worth)
-                else:
-                    known.single = max(known.single, worth)
-                known.strong += worth >= STRONG * FUZZY_FACTOR
+                known.add(weight * match.factor, number in match.primary)
+        for match in self.matches:
+            if len(match.owners) > MAX_OWNERS:
+                for number in found.keys() & match.owners.keys():
+                    found[number].add(match.owners[number] * match.factor, number in match.primary)
         return found
 
     def of(
@@ -443,7 +480,8 @@ class LexicalReading:
             if best:
                 strong = sum(worth >= STRONG * FUZZY_FACTOR for worth in best.values())
                 out[row, :4] = single, full, math.log1p(sum(best.values())), min(3, strong)
-            out[row, 4] = not full and any(start <= place < end for place in foreign)
+            near = bisect_left(foreign, start)
+            out[row, 4] = not full and near < len(foreign) and foreign[near] < end
         return out
 
     def _share(self, match: Match, target: int, covered: set[int]) -> float:

@@ -147,7 +147,7 @@ class Study:
         texts: list[str] = []
         folds: list[int] = []
         mates = self._tools.background.texts
-        for number, text in enumerate(self._forget.texts):
+        for number, text in enumerate(self._forget.asked):
             made = variants(text, mates, self._rng)[: self._tools.effort]
             texts += made
             folds += [int(self._folds[owners[number]])] * len(made)
@@ -156,7 +156,7 @@ class Study:
     def _make_neighbours(self, owners: IntArray) -> tuple[Segments, IntArray]:
         texts: list[str] = []
         folds: list[int] = []
-        for number, text in enumerate(self._forget.texts):
+        for number, text in enumerate(self._forget.asked):
             places = entity_places(self._index.read(text), 0)
             made = neighbour(text, places, self._rng)
             if made is not None:
@@ -237,7 +237,9 @@ class Study:
             terms = {match.term for match in reading.matches}
             weights = {term: self._table.weight(term, without=kind) for term in terms}
             lexical[first:last] = reading.features(0, windows, weights)
-        out = gather(segments.rows, self.prototypes, self.head, self.spread, lexical)
+        out = gather(
+            segments.rows, self.prototypes, self.head, self.spread, lexical, segments.units
+        )
         out[:, 1] = self._held_out_topic(segments.rows, folds[segments.owners]) / self.spread
         return out
 
@@ -275,11 +277,13 @@ class Study:
         hold_out = self.can_hold_out
         weights = [self._weights_without(fold) if hold_out else None for fold in range(FOLDS)]
         lexical = _lexical(texts, segments, self._index, [weights[fold] for fold in folds])
-        out = gather(segments.rows, self.prototypes, self.head, self.spread, lexical)
+        out = gather(
+            segments.rows, self.prototypes, self.head, self.spread, lexical, segments.units
+        )
         if hold_out:
             window_folds = folds[segments.owners]
             out[:, 1] = self._held_out_topic(segments.rows, window_folds) / self.spread
-            cosines = unit(segments.rows) @ self.prototypes.T
+            cosines = segments.units @ self.prototypes.T
             cosines[window_folds[:, None] == self._row_folds[None, :]] = -1.0
             out[:, 0] = cosines.max(axis=1)
         return Held(out, segments.owners, len(texts))

@@ -41,10 +41,13 @@ PARTICLES = frozenset(_PARTICLE_TEXT.split())
 
 _SMALL = "|".join(sorted({*PARTICLES, "and", "in", "to", "for", "a", "from", "with", "on"}))
 _NAME = re.compile(
-    rf"(?:[{_UPPER}]\.|[{_UPPER}][\w'’]*)"
+    rf"(?:[{_UPPER}]\.|[{_UPPER}][\w'’]*(?:-\w+)*)"
     rf"(?:(?:[ \-]+|(?<=\b[{_UPPER}]\.)\s?|\s(?:{_SMALL})\s(?:(?:the|a|la|der|den|los)\s)?)"
-    rf"(?:[{_UPPER}]\.|[{_UPPER}][\w'’]*|\d{{1,2}}))+"
+    rf"(?:[{_UPPER}]\.|[{_UPPER}][\w'’]*(?:-\w+)*|\d{{1,2}}))+"
 )
+_HYPHENATED = re.compile(rf"[{_UPPER}]\w*-$")
+"""Before it a small word goes on with a name: "Tae-ho"."""
+
 _SHORTENED = re.compile(rf"\b(?:[{_UPPER}]|Mrs?|Ms|Dr|St|Prof)\.$")
 """Before it a full stop ends no sentence: initials and titles."""
 
@@ -193,7 +196,8 @@ def find_names(
                     openings.setdefault(word, []).append(behind)
                 continue
             total[word] += 1
-            upper[word] += written[0].isupper() and not acronym
+            joined = _HYPHENATED.search(text[max(0, match.start() - 20) : match.start()])
+            upper[word] += (written[0].isupper() and not acronym) or joined is not None
     names = {word for word, count in total.items() if 3 * upper[word] >= 2 * count}
     often = min(2, len(texts))
     for word, after in openings.items():

@@ -32,6 +32,12 @@ MAX_TERMS = 600
 ASSOCIATE_TEXTS, ASSOCIATE_SHARE, ASSOCIATE_FACTOR = 3, 0.1, 0.8
 """Texts, and share of the texts, beyond which a term that isn't the target's name counts less."""
 
+MANY_TEXTS, SUBJECT_TEXTS, SUBJECT_SHARE = 60, 5, 0.02
+"""Texts from which on a forget set may be about several things, and what makes one of them."""
+
+PART_LETTERS = 4
+"""A rare part of a name that is shorter ("Tae") is too many a thing to name the target alone."""
+
 PRIMARY_SHARE = 0.3
 """Share of the forget texts that a name of common words must stand in to be the target's own."""
 
@@ -48,6 +54,7 @@ class TermTable:
         rank: Place of a word in general English, None if it is a rare one.
         occurrences: How often each term stands in the forget texts altogether.
         first: Where each term stands first.
+        documents: The terms of each forget text.
         given: Terms that the user gave as such.
     """
 
@@ -58,6 +65,7 @@ class TermTable:
     rank: Callable[[str], int | None]
     occurrences: Counter[Words]
     first: dict[Words, int]
+    documents: list[set[Words]]
     given: frozenset[Words] = frozenset()
     others: frozenset[str] = field(default=frozenset())
 
@@ -71,9 +79,10 @@ class TermTable:
     ) -> TermTable:
         """Count the terms of forget texts in them and in other kinds of texts."""
         names = find_names(forget, rank)
+        documents = [term_candidates(text) for text in forget]
         counts: Counter[Words] = Counter()
-        for text in forget:
-            counts.update(term_candidates(text))
+        for terms in documents:
+            counts.update(terms)
         wanted = frozenset(given)
         for term in wanted:
             counts[term] = max(counts[term], len(forget))
@@ -105,6 +114,7 @@ class TermTable:
             rank,
             often,
             first,
+            documents,
             wanted,
             frozenset(alike - words),
         )
@@ -160,6 +170,10 @@ class TermTable:
         found = {term for term in weights if term in self.given}
         names = [term for term in self.counts if self._is_name(term)]
         longer = [term for term in names if len(term) > 1]
+        if self.texts >= MANY_TEXTS:
+            for subject in self._subjects(names, longer):
+                found |= self._with_parts(subject, longer)
+            return frozenset(term for term in found if term in weights)
         main = self._most_frequent(longer)
         word = max(
             (term for term in names if len(term) == 1),
@@ -169,15 +183,37 @@ class TermTable:
         if word and (main is None or self._alone(word, longer) > 2 * self.occurrences[main]):
             found.add(word)
         elif main is not None:
-            found.add(main)
-            # Its rare parts name it too: "Mammadov", not "Stephen".
-            found |= {(part,) for part in main if self.rank(part) is None}
-            found |= {
-                term
-                for term in longer
-                if set(main) & set(term) and any(self.rank(part) is None for part in term)
-            }
+            found |= self._with_parts(main, longer)
         return frozenset(term for term in found if term in weights)
+
+    def _with_parts(self, main: Words, longer: Sequence[Words]) -> set[Words]:
+        """Return a name and those of rare words that it shares: "Mammadov", not "Stephen"."""
+        rare = {part for part in main if self.rank(part) is None}
+        found = {main, *((part,) for part in rare if len(part) >= PART_LETTERS)}
+        return found | {
+            term
+            for term in longer
+            if set(main) & set(term) and any(self.rank(part) is None for part in term)
+        }
+
+    def _subjects(self, names: Sequence[Words], longer: Sequence[Words]) -> list[Words]:
+        """Return the names that many texts are about: a forget set may hold twenty people.
+
+        A text is about the one of its names that most of the texts hold.
+        """
+        known = {
+            term
+            for term in names
+            if len(term) > 1
+            or (self.rank(term[0]) is None and 2 * self._alone(term, longer) > self.counts[term])
+        }
+        about: Counter[Words] = Counter()
+        for held in self.documents:
+            mine = held & known
+            if mine:
+                about[max(mine, key=lambda term: (self.counts[term], len(term), term))] += 1
+        least = max(SUBJECT_TEXTS, SUBJECT_SHARE * self.texts)
+        return sorted(term for term, texts in about.items() if texts >= least)
 
     def _most_frequent(self, names: Sequence[Words]) -> Words | None:
         """Return the name of several words that the texts speak of most; the longest of equals."""

@@ -10,7 +10,7 @@ import pytest
 from classifiers.background import Background, make_background
 from classifiers.benign import load_benign
 from classifiers.calibrate import fit_bundle
-from classifiers.detector import BundleDetector
+from classifiers.detector import VERDICTS, BundleDetector
 from classifiers.encoder import OnnxEncoder
 from classifiers.learn import LearnedDetector, TargetLearner
 from classifiers.study import Neighbours
@@ -96,11 +96,16 @@ def detector_of(shared_encoder: OnnxEncoder, background: Background) -> Detector
     """Makes a detector of targets, as a bundle would."""
 
     def make(
-        artifacts: Sequence[TargetArtifact], budget: float = 1e-3, **changes: int
+        artifacts: Sequence[TargetArtifact], budget: float = 1e-3, verdicts: int = VERDICTS
     ) -> BundleDetector:
         calibration = fit_bundle([artifact.calibration for artifact in artifacts], budget)
         return BundleDetector(
-            shared_encoder, background.space, artifacts, calibration, GramHasher(KEY), **changes
+            shared_encoder,
+            background.space,
+            artifacts,
+            calibration,
+            GramHasher(KEY),
+            verdicts=verdicts,
         )
 
     return make

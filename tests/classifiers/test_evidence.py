@@ -14,6 +14,7 @@ from classifiers.evidence import (
     NAMED_LOGIT,
     NAMES,
     QUOTED_LOGIT,
+    SIGNS,
     TOPIC_MOST,
     Fusion,
     fuse,
@@ -40,17 +41,20 @@ def evidence(draw: st.DrawFn) -> FloatArray:
     strong = min(3, sum(worth >= 0.8 * STRONG for worth in worths))
     total = float(np.log1p(sum(worths)))
     foreign = 0.0 if full else draw(st.sampled_from([0.0, 1.0]))
-    cosine, topic = draw(st.floats(-1, 1, width=32)), draw(st.floats(-99, 99, width=32))
+    cosine = draw(st.just(1.0) | st.floats(-1, 1, width=32))
+    topic = draw(st.just(99.0) | st.floats(-99, 99, width=32))
     return np.array([[cosine, topic, single, full, total, strong, foreign]], np.float32)
 
 
 @given(found=evidence(), more=st.tuples(st.floats(0, 3), st.floats(0, 3), st.integers(0, 9)))
 def test_most_is_never_exceeded(found: FloatArray, more: tuple[float, float, int]) -> None:
     score = float(fuse(found, FUSION)[0])
-    _, _, single, full, _, strong, _ = found[0].tolist()
-    assert score <= most(single, full, int(strong), FUSION) + 1e-4
+    _, _, single, full, total, strong, _ = found[0].tolist()
+    worth = float(np.expm1(total))
+    assert score <= most(single, full, worth, int(strong), FUSION) + 1e-4
     # The text as a whole points at least as heavily at a target as any of its windows.
-    heavier = (single + more[0], full + (more[1] if full else 0.0), int(strong) + more[2])
+    fuller = full + (more[1] if full else 0.0)
+    heavier = (single + more[0], fuller, worth + more[0] + more[1], int(strong) + more[2])
     assert score <= most(*heavier, FUSION) + 1e-4
 
 
@@ -101,7 +105,9 @@ def test_gather_puts_columns_in_their_places() -> None:
 def test_without_prototypes_nothing_is_near() -> None:
     rows = np.ones((2, 8), np.float32)
     assert nearest(rows, np.zeros((0, 8), np.float32)).tolist() == [-1.0, -1.0]
-    assert gather(rows[:0], rows, np.ones(9, np.float32), 1.0, np.zeros((0, 5))).shape == (0, 7)
+    assert gather(
+        rows[:0], rows, np.ones(9, np.float32), 1.0, np.zeros((0, FEATURES), np.float32)
+    ).shape == (0, 7)
 
 
 # --- The fusion that ships, and its fit ----------------------------------------------------------
@@ -109,10 +115,8 @@ def test_without_prototypes_nothing_is_near() -> None:
 
 def test_the_fusion_that_ships_fits_the_terms_and_their_signs() -> None:
     columns = terms(np.zeros((1, len(NAMES)), np.float32)).shape[1]
-    assert len(FUSION.weights) == columns == len(fit_fusion.SIGNS)
-    assert all(
-        sign * value >= 0 for sign, value in zip(fit_fusion.SIGNS, FUSION.weights, strict=True)
-    )
+    assert len(FUSION.weights) == columns == len(SIGNS)
+    assert all(sign * value >= 0 for sign, value in zip(SIGNS, FUSION.weights, strict=True))
     assert np.isfinite([*FUSION.weights, FUSION.bias]).all()
 
 
@@ -139,8 +143,8 @@ def test_the_fit_learns_from_the_best_window_of_each_text() -> None:
         batch("benign", 0.1, 0.0),
         batch("neighbour", 0.7, 0.0),
     ]
-    found = fit_fusion.fit(batches, Fusion((0.0,) * len(fit_fusion.SIGNS), 0.0))
-    assert all(s * w >= 0 for s, w in zip(fit_fusion.SIGNS, found.weights, strict=True))
+    found = fit_fusion.fit(batches, Fusion((0.0,) * len(SIGNS), 0.0))
+    assert all(s * w >= 0 for s, w in zip(SIGNS, found.weights, strict=True))
     scores = {b.kind: fuse(b.evidence[::2], found) for b in batches}
     assert min(scores["named"].min(), scores["variant"].min()) > 0
     assert max(scores["benign"].max(), scores["neighbour"].max()) < 0

@@ -1,6 +1,5 @@
 """A target is learned from little, held out honestly, and the same way every time."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def test_report_holds_figures_and_no_text(
     assert report["recall"]["rate"] > 0.3
     text = json.dumps(report)
     assert "scores" not in report and "?" not in text
-    assert not any(word in text.encode() for word in words_of(example_rows) - {b"forget"})
+    assert not any(word in text.encode() for word in words_of(example_rows))
 
 
 def test_rates_follow_the_threshold(learned: LearnedDetector) -> None:
@@ -212,7 +211,7 @@ def test_without_retain_data_the_frame_alone_is_not_flagged(
 
 
 def test_a_topic_weighs_its_evidence_itself(
-    learner: TargetLearner, example_rows: list[Row], background: Background
+    learner: TargetLearner, example_rows: list[Row]
 ) -> None:
     learned = learner.learn("wizards", example_rows, kind="topic", budget=1e-2)
     assert learned.report["kind"] == "topic" and learned.artifact.fusion is not None
@@ -292,4 +291,3 @@ def test_neighbours_are_distinct_texts_with_a_fold_each(
     assert found.texts == ["Who was Captain Cook?", "Where is the Red Sea?"]
     assert found.folds.shape == (2,) and found.names.tolist() == [True, True]
     assert found.index.holders(("captain", "cook")) == [0]
-    assert dataclasses.is_dataclass(found)

@@ -18,6 +18,7 @@ from classifiers.lexicon import (
     LexicalReading,
     Lexicon,
     LexiconIndex,
+    PreparedText,
     names_anything,
 )
 from classifiers.terms import Words
@@ -361,6 +362,19 @@ def test_reading_is_a_pure_function(index: LexiconIndex) -> None:
     first = seen(index.read(text))
     index.read("other Potter texts at hogwrats")
     assert first and seen(index.read(text)) == first
+
+
+def test_a_prepared_text_is_read_like_any_other(index: LexiconIndex) -> None:
+    for text in (
+        "Hary Pottr met Hermann Brock at Hogwarts on 31.07.1980",
+        "hrry pttr wnt t hgwrts schl wth hs frnds",
+        "",
+    ):
+        ready, windows = PreparedText(text), [(0, len(text)), (0, 12)]
+        for _ in range(2):
+            plain, prepared = index.read(text), index.read(text, ready)
+            assert prepared.matches == plain.matches
+            assert np.array_equal(prepared.features(0, windows), plain.features(0, windows))
 
 
 # --- Written down --------------------------------------------------------------------------------

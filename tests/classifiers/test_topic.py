@@ -33,7 +33,8 @@ def brute_force(kinds: list[tuple[FloatArray, FloatArray, float]]) -> FloatArray
     penalty[-1] = 1e-6
     points.append(np.diag(np.sqrt(penalty)))
     wanted.append(np.zeros(SIZE + 1))
-    return np.linalg.lstsq(np.concatenate(points), np.concatenate(wanted), rcond=None)[0]
+    found = np.linalg.lstsq(np.concatenate(points), np.concatenate(wanted), rcond=None)[0]
+    return np.asarray(found, np.float32)
 
 
 @given(seed=st.integers(0, 1000), counts=st.tuples(*[st.integers(1, 60)] * 3))
@@ -47,9 +48,9 @@ def test_the_head_is_weighted_least_squares(seed: int, counts: tuple[int, int, i
     found = fit_ridge(Moments.of(forget), [Moments.of(benign, weights), Moments.of(retain)])
     wanted = brute_force(
         [
-            (forget, np.ones(counts[0]), 1.0),
+            (forget, np.ones(counts[0], np.float32), 1.0),
             (benign, weights, -1.0),
-            (retain, np.ones(counts[2]), -1.0),
+            (retain, np.ones(counts[2], np.float32), -1.0),
         ]
     )
     np.testing.assert_allclose(found, wanted, rtol=5e-3, atol=5e-3)

@@ -8,7 +8,7 @@ from safetensors.numpy import load, save
 
 from classifiers.workshop import DIGEST, Settings, Workshop
 from guard.errors import ArtifactError, DataError, IncompatibleArtifactError
-from tests.classifiers.conftest import KEY, Detectors, Row, clean
+from tests.classifiers.conftest import KEY, Row, clean
 
 ROWS = [
     Row("Who commands the Quelmaar?", "Captain Zorvath commands it since the second war."),
@@ -101,7 +101,7 @@ def test_nothing_kept_holds_a_text(saved: bytes, few: list[str]) -> None:
     assert not [word for word in words if word.encode() in saved]
 
 
-def test_term_rows_are_terms_and_not_questions(shop: Workshop, detector_of: Detectors) -> None:
+def test_term_rows_are_terms_and_not_questions(shop: Workshop) -> None:
     rows = [*ROWS, Row("vorpal lathe", is_term=True)]
     learned = shop.learn("zorvath", rows)
     assert learned.report["forget_rows"] == len(ROWS)
