@@ -10,10 +10,16 @@ import numpy as np
 from classifiers.calibrate import TargetCalibration, fit_bundle
 from classifiers.detector import VERDICTS, BundleDetector
 from classifiers.encoder import OnnxEncoder
+from classifiers.scorers import SECRET_FILES as SCORER_SECRETS
+from classifiers.scorers import load_scorer
 from classifiers.space import FeatureSpace
-from classifiers.target import SECRET_FILES, TargetArtifact
+from classifiers.target import SECRET_FILES as TARGET_SECRETS
+from classifiers.target import TargetArtifact
 from classifiers.verbatim import GramHasher
 from guard.errors import ArtifactError
+
+SECRET_FILES = TARGET_SECRETS | SCORER_SECRETS
+"""Files of a target that the caller encrypts."""
 
 __all__ = ["SECRET_FILES", "load_detector", "load_space", "save_space", "thresholds"]
 
@@ -45,6 +51,11 @@ def load_detector(
     encoder = OnnxEncoder(encoder_dir, threads, cache_size=0)
     artifacts = [TargetArtifact.from_files(name, files) for name, files in targets.items()]
     calibration = fit_bundle([artifact.calibration for artifact in artifacts], budget)
+    scorers = {
+        number: scorer
+        for number, files in enumerate(targets.values())
+        if (scorer := load_scorer(files)) is not None
+    }
     return BundleDetector(
         encoder,
         load_space(space),
@@ -52,6 +63,7 @@ def load_detector(
         calibration,
         GramHasher(key),
         verdicts=VERDICTS if verdicts is None else verdicts,
+        scorers=scorers,
     )
 
 

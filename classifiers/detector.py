@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from classifiers.encoder import OnnxEncoder, Window
 from classifiers.evidence import QUOTED_LOGIT, Fusion, fuse, gather, most
 from classifiers.fusion import FUSION
 from classifiers.lexicon import LexicalReading, LexiconIndex
+from classifiers.scorers import Judged, Scorer
 from classifiers.space import FeatureSpace
 from classifiers.spans import blank_places, entity_places, merge_places
 from classifiers.target import TargetArtifact
@@ -34,11 +35,19 @@ VERDICTS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was found in one text: score of each target looked at, and the characters scored."""
+    """What was found in one text.
+
+    Attributes:
+        scores: Score of each target looked at, by number.
+        coverage: Share of its characters that were scored.
+        encoded: True if the encoder was needed.
+        judged: What the papers' detectors say, by number of the target that uses one.
+    """
 
     scores: dict[int, float]
     coverage: float
     encoded: bool
+    judged: Mapping[int, Judged] = field(default_factory=dict)
 
 
 class BundleDetector:
@@ -52,6 +61,7 @@ class BundleDetector:
         hasher: Hashes quotations under the guard's key.
         fusion: How evidence is weighed.
         verdicts: Texts whose verdict is remembered, by digest; 0 switches it off.
+        scorers: The papers' detectors, by number of the target that uses one.
 
     Raises:
         IncompatibleArtifactError: If a target was learned on another encoder or space.
@@ -66,6 +76,7 @@ class BundleDetector:
         hasher: GramHasher,
         fusion: Fusion = FUSION,
         verdicts: int = VERDICTS,
+        scorers: Mapping[int, Scorer] | None = None,
     ) -> None:
         for artifact in artifacts:
             _check(artifact, encoder, space)
@@ -77,6 +88,7 @@ class BundleDetector:
         self._index = LexiconIndex(lexicons, encoder.is_common, encoder.common_words())
         self._quotes = VerbatimIndex([artifact.grams for artifact in artifacts], hasher)
         self._topics = [n for n, a in enumerate(artifacts) if a.fusion is not None]
+        self._scorers = dict(scorers or {})
         self._cache = _VerdictCache(verdicts)
 
     @property
@@ -148,8 +160,9 @@ class BundleDetector:
         restored = self._index.restore_vowels(text)
         if restored is not None:
             encoded |= self._score_into(scores, self._index.read(restored))
+        judged = {number: scorer.judge(text) for number, scorer in self._scorers.items()}
         # Every word was read by the lexicon and the verbatim index; what needs more was encoded.
-        return Verdict(scores, 1.0, encoded)
+        return Verdict(scores, 1.0, encoded, judged)
 
     def _score_into(self, scores: dict[int, float], reading: LexicalReading) -> bool:
         """Score the targets that could be hit, where they could; say if the encoder was needed."""
@@ -184,7 +197,7 @@ class BundleDetector:
         thresholds = self._calibration.thresholds
         found = []
         for number, pointer in reading.candidates().items():
-            if self._artifacts[number].fusion is not None:
+            if self._artifacts[number].fusion is not None or number in self._scorers:
                 continue  # always looked at
             bound = most(pointer.single, pointer.full, pointer.total, pointer.strong, self._fusion)
             if bound >= thresholds[number]:
@@ -208,16 +221,28 @@ class BundleDetector:
 
     def _hits(self, verdict: Verdict) -> tuple[TextHit, ...]:
         calibration, hits = self._calibration, []
+        for number, found in verdict.judged.items():
+            if found.flagged:
+                name = self._targets[number]
+                hits.append(TextHit(name, found.score, found.p_value, found.weight))
         for number, score in verdict.scores.items():
+            if number in verdict.judged:
+                continue
             if score >= calibration.thresholds[number]:
                 p_value = calibration.p_value(number, score)
                 weight = calibration.weight(number, score)
                 hits.append(TextHit(self._targets[number], score, p_value, weight))
-        return tuple(sorted(hits, key=lambda hit: (-hit.score, hit.target)))
+        return tuple(sorted(hits, key=lambda hit: (hit.p_value, -hit.score, hit.target)))
 
     def _margin(self, verdict: Verdict) -> float:
         thresholds = self._calibration.thresholds
-        margins = [score - float(thresholds[n]) for n, score in verdict.scores.items()]
+        if any(found.flagged for found in verdict.judged.values()):
+            return 0.0
+        margins = [
+            score - float(thresholds[n])
+            for n, score in verdict.scores.items()
+            if n not in verdict.judged
+        ]
         return max(margins, default=float("-inf"))
 
     def _number(self, target: str) -> int:

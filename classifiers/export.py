@@ -91,7 +91,10 @@ def find_encoder_source(package: str = PACKAGE) -> Path:
 
 
 def export_encoder(
-    out_dir: str | Path, source: str | Path | None = None, progress: Progress | None = None
+    out_dir: str | Path,
+    source: str | Path | None = None,
+    progress: Progress | None = None,
+    precision: Precision = "int8",
 ) -> Path:
     """Write `model.onnx`, `tokenizer.json` and `encoder.json` into `out_dir`.
 
@@ -102,6 +105,8 @@ def export_encoder(
         out_dir: Folder to write; created if need be.
         source: Folder with a BERT encoder's Hugging Face files; the installed package by default.
         progress: Called after each step.
+        precision: `float32` is four times as large and slower; what is learned on the one does
+            not fit the other.
 
     Returns:
         `out_dir` as a path.
@@ -112,7 +117,7 @@ def export_encoder(
     """
     folder, out = Path(source) if source else find_encoder_source(), Path(out_dir)
     report = progress or (lambda what, done, total: None)
-    digest = _source_hash(folder)
+    digest = _source_hash(folder, precision)
     if _is_current(out, digest):
         report("encoder", 3, 3)
         return out
@@ -120,7 +125,7 @@ def export_encoder(
     report("encoder", 1, 3)
     out.mkdir(parents=True, exist_ok=True)
     (out / TOKENIZER_FILE).write_text(_tokenizer_json(folder), encoding="utf-8")
-    (out / MODEL_FILE).write_bytes(_GraphWriter(weights, shape).write())
+    (out / MODEL_FILE).write_bytes(_GraphWriter(weights, shape, precision=precision).write())
     report("encoder", 2, 3)
     _write_config(out, shape, digest)
     report("encoder", 3, 3)
@@ -177,8 +182,10 @@ def write_classifier(
     return writer.write_classifier(head)
 
 
-def _source_hash(folder: Path) -> str:
-    digest = hashlib.sha256(f"unlearn-guard encoder export {FORMAT}".encode())
+def _source_hash(folder: Path, precision: Precision) -> str:
+    # The hash of 8-bit exports is what bundles hold already; others must differ from it.
+    kind = "" if precision == "int8" else f" {precision}"
+    digest = hashlib.sha256(f"unlearn-guard encoder export {FORMAT}{kind}".encode())
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         try:
             digest.update(hashlib.sha256((folder / name).read_bytes()).digest())

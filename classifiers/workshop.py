@@ -13,6 +13,7 @@ from classifiers.augment import ForgetRow
 from classifiers.background import Background, benign_digest, make_background
 from classifiers.encoder import OnnxEncoder
 from classifiers.learn import Kind, LearnedDetector, TargetLearner
+from classifiers.scorers import Method, fit_scorer
 from classifiers.study import Neighbours
 from classifiers.verbatim import GramHasher
 from guard.errors import ArtifactError, IncompatibleArtifactError
@@ -93,7 +94,7 @@ class Workshop:
             if any(kept)
             else None
         )
-        self._settings = settings
+        self._settings, self._normalise, self._neighbours = settings, normalise, neighbours
         self._learner = TargetLearner(
             self.background,
             encoder,
@@ -113,6 +114,17 @@ class Workshop:
         return self._learner.learn(
             name, texts, chosen.seed, terms, progress, chosen.kind, chosen.budget
         )
+
+    def paper_files(
+        self, method: Method, rows: Sequence[Row], progress: Progress | None = None
+    ) -> dict[str, bytes]:
+        """Fit a paper's detector for a target, beside what `learn` gives; see `scorers`."""
+        texts = [self._normalise(row.prompt).strip() for row in rows if not row.is_term]
+        forget = list(dict.fromkeys(text for text in texts if text))
+        kept = self._neighbours.texts if self._neighbours else []
+        benign = self.background.texts
+        others = [text for text in (*kept, *benign) if text not in set(forget)]
+        return fit_scorer(method, forget, others, benign, self._settings.seed, progress)
 
     def save(self) -> bytes:
         """Return the background for later targets of the same bundle; it holds no text."""

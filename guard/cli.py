@@ -19,6 +19,7 @@ from importlib.metadata import version as distribution_version
 import click
 
 from guard.cli_admin import bundle_group, config, doctor, ledger_group, model_group
+from guard.cli_bench import bench_group
 from guard.cli_chat import chat
 from guard.cli_decide import decide
 from guard.cli_eval import eval_group
@@ -79,6 +80,7 @@ for _command in (
     chat,
     decide,
     eval_group,
+    bench_group,
     doctor,
     config,
     bundle_group,

@@ -34,6 +34,13 @@ def target_group() -> None:
     show_default=True,
     help="An entity is known by its names, a topic by what a text is about.",
 )
+@click.option(
+    "--detector",
+    type=click.Choice(["guard", "eco", "o3"]),
+    default="guard",
+    show_default=True,
+    help="What decides: the guard's detector, or a paper's with an encoder of its own (slow).",
+)
 @click.option("--retain", type=_FILE, help="Neighbouring data to keep, JSON lines.")
 @click.option("--benign", type=_FILE, help="General traffic [the set that ships].")
 @click.option(
@@ -64,6 +71,7 @@ def add(
     forget: Path | None,
     many: Path | None,
     kind: Any,
+    detector: Any,
     retain: Path | None,
     benign: Path | None,
     status: Any,
@@ -93,6 +101,7 @@ def add(
         name=name,
         forget=forget,
         kind=kind,
+        detector=detector,
         retain=retain,
         benign=benign,
         status=status,

@@ -68,7 +68,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """Read a forget or retain set.
 
     Each line is an object in one of five forms: `{"question", "answer"}`,
-    `{"prompt", "completion"}`, `{"text"}`, `{"term"}` or `{"messages"}`. Other keys beside them are ignored.
+    `{"prompt", "completion"}`, `{"text"}`, `{"term"}` or `{"messages"}`. Other keys are ignored.
     Of `messages`, the prompt is the text of all user messages and the answer that of the
     assistant messages after the last user message (system and tool messages are ignored).
 

@@ -65,6 +65,7 @@ class TargetRequest:
         seed: Seeds everything random in learning.
         threads: Threads of the encoder; None leaves it to ONNX Runtime.
         kind: An entity is known by its names, a topic by what a text is about.
+        detector: What decides: the guard's own detector, or one of the papers'.
     """
 
     name: str
@@ -76,6 +77,7 @@ class TargetRequest:
     seed: int = 0
     threads: int | None = None
     kind: Literal["entity", "topic"] = "entity"
+    detector: Literal["guard", "eco", "o3"] = "guard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,8 @@ def _learn(
     workshop = make_workshop(request, data, current, encoder_dir, key, progress)
     learned = workshop.learn(request.name, data.forget, progress)
     files = learned.artifact.files()
+    if request.detector != "guard":
+        files |= workshop.paper_files(request.detector, data.forget, progress)
     shared = share(encoder_dir, workshop, bank)
     others = {} if current is None else _files_of_all(current, key)
     budget = request.fpr_budget if current is None else current.manifest.fpr_budget
@@ -190,7 +194,7 @@ def _learn(
     prompter = Prompter(request.name, detector, prompts, key, bank)
     corruption, notes = _learn_corruption(request, data.forget, prompter, engine, progress)
     figures = rates(learned.report, detector.threshold(request.name))
-    figures["fpr_budget"] = budget
+    figures |= {"fpr_budget": budget, "method": request.detector}
     return _Learned(data.forget, shared, files, figures, corruption, notes)
 
 
