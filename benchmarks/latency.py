@@ -18,11 +18,12 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.labelled import Example
+from benchmarks.measures import share
 from benchmarks.report import Row
 from classifiers.detector import BundleDetector, _VerdictCache
 from guard.errors import DataError
 from guard.pipeline import Guard
-from guard.types import FloatArray, IntArray, Progress
+from guard.types import BoolArray, FloatArray, IntArray, Progress
 
 TOKENS: Final = 32
 LEAST_TOKENS, MOST_TOKENS = 16, 40
@@ -62,7 +63,7 @@ class Timings:
         stages: Of each stage of a verdict, shape (rounds, prompts); from rounds of their own.
     """
 
-    encoded: np.ndarray[Any, np.dtype[np.bool_]]
+    encoded: BoolArray
     verdicts: FloatArray
     decisions: FloatArray
     stages: Mapping[str, FloatArray]
@@ -132,11 +133,25 @@ def time_bundles(
     }
 
 
-def latency_rows(found: Mapping[str, Timings], seed: int = 0) -> list[Row]:
-    """Return the figures: quantiles, shares of stages, and ratios to the first bundle."""
+def latency_rows(found: Mapping[str, Timings], files: Sequence[str], seed: int = 0) -> list[Row]:
+    """Return the figures: quantiles, shares of stages, and ratios to the first bundle.
+
+    Args:
+        found: Times of each bundle.
+        files: Group of each prompt, by the file it is from: how many of them a bundle has to
+            encode is part of what it costs.
+        seed: Of the intervals.
+    """
     rows: list[Row] = []
     base = next(iter(found))
+    by_file = {
+        name: np.flatnonzero([name == one for one in files]) for name in dict.fromkeys(files)
+    }
     for name, timings in found.items():
+        for group, chosen in by_file.items():
+            rows.append(_encoded_share(name, group, timings.encoded[chosen]))
+            for route, times in (("verdict", timings.verdicts), ("decide", timings.decisions)):
+                rows += _quantile_rows(name, route, group, times[1:, chosen], seed)
         for group, chosen in _groups(timings.encoded).items():
             rows.append(_count(name, group, chosen))
             if not len(chosen):
@@ -147,7 +162,7 @@ def latency_rows(found: Mapping[str, Timings], seed: int = 0) -> list[Row]:
             rows += _stage_rows(name, group, timings.stages, chosen)
     for name, timings in found.items():
         if name != base:
-            rows += _ratio_rows(name, timings, found[base], seed)
+            rows += _ratio_rows(name, timings, found[base], by_file, seed)
     return rows
 
 
@@ -249,8 +264,14 @@ def _since(start: int) -> float:
 # --- Figures ---------------------------------------------------------------------------------
 
 
-def _groups(encoded: Any) -> dict[str, IntArray]:
+def _groups(encoded: BoolArray) -> dict[str, IntArray]:
     return {CLEARED: np.flatnonzero(~encoded), ENCODED: np.flatnonzero(encoded)}
+
+
+def _encoded_share(name: str, group: str, encoded: BoolArray) -> Row:
+    found = share(int(encoded.sum()), len(encoded))
+    interval = min(found.low, found.rate), max(found.high, found.rate)
+    return Row(name, "verdict", "encoded_share", group, found.rate, *interval, found.total)
 
 
 def _count(name: str, group: str, chosen: IntArray) -> Row:
@@ -288,10 +309,12 @@ def _stage_rows(
     return rows
 
 
-def _ratio_rows(name: str, timings: Timings, base: Timings, seed: int) -> list[Row]:
-    """Return ratios to the first bundle: on all prompts, and where both did the same work."""
+def _ratio_rows(
+    name: str, timings: Timings, base: Timings, by_file: Mapping[str, IntArray], seed: int
+) -> list[Row]:
+    """Return ratios to the first bundle: on all of a file, and where both did the same work."""
     both = {
-        "all": np.arange(len(base.encoded)),
+        **by_file,
         CLEARED: np.flatnonzero(~timings.encoded & ~base.encoded),
         ENCODED: np.flatnonzero(timings.encoded & base.encoded),
     }

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from classifiers.benign_tokens import BenignTokens
 from classifiers.encoder import OnnxEncoder
 from classifiers.folds import cluster_folds
 from classifiers.fuzzy import DeletionIndex
@@ -128,10 +129,17 @@ class Background:
     names: BoolArray
     index: WordIndex = field(init=False)
     moments: list[Moments] = field(init=False)
+    _tokens: BenignTokens | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.index = WordIndex(self.texts)
         self.moments = fold_moments(self.segments, self.folds)
+
+    def tokens(self, encoder: OnnxEncoder) -> BenignTokens:
+        """Return the tokens of a sample of the texts; read when first asked for."""
+        if self._tokens is None:
+            self._tokens = BenignTokens.of(self.texts, self.folds, FOLDS, encoder)
+        return self._tokens
 
     def to_arrays(self) -> dict[str, FloatArray]:
         """Return everything but the texts as arrays, for safetensors; rows in 16 bits."""

@@ -9,19 +9,20 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from classifiers.calibrate import FAR, BundleCalibration
 from classifiers.encoder import OnnxEncoder, Window
-from classifiers.evidence import QUOTED_LOGIT, Fusion, fuse, gather, most
+from classifiers.evidence import QUOTED_LOGIT, Fusion, fuse, gather, most_of_each
 from classifiers.fusion import FUSION
 from classifiers.lexicon import LexicalReading, LexiconIndex
 from classifiers.scorers import Judged, Scorer
 from classifiers.space import FeatureSpace
-from classifiers.spans import blank_places, entity_places, merge_places
+from classifiers.span_head import told_places
+from classifiers.spans import GAP, Place, blank_places, entity_places, merge_places
 from classifiers.target import TargetArtifact
 from classifiers.verbatim import GramHasher, VerbatimIndex
 from guard.errors import IncompatibleArtifactError, TargetNotFoundError
@@ -125,8 +126,9 @@ class BundleDetector:
         """Return the characters of `text` that carry the target's entity, sorted, disjoint.
 
         The names are not enough where the text is flagged without them too (an indirect
-        description, a quotation): then the flagged windows are marked whole, or, if the text is a
-        single window, nothing is, which stands for all of it.
+        description): then the words that tell of the entity are marked beside them. Where it is
+        flagged without those too, the flagged windows are marked whole, or, if the text is a single
+        window, nothing is, which stands for all of it.
 
         Raises:
             TargetNotFoundError: If there is no such target.
@@ -137,17 +139,39 @@ class BundleDetector:
         quoted = self._quotes.quotes(reading.words).get(number, [])
         if quoted:
             return merge_places([*places, *quoted])
-        blanked = blank_places(text, places)
-        threshold = float(self._calibration.thresholds[number])
-        windows = self._encoder.windows(blanked)
-        if not (self._score(number, self._index.read(blanked), windows) >= threshold).any():
+        # Without a name, a text may be flagged for one of its sentences.
+        cut = self._encoder.windows if places else self._encoder.segments
+        if not self._is_flagged(number, blank_places(text, places), cut):
             return places
+        told = merge_places([*places, *self._told(number, reading)], GAP)
+        if told != places and not self._is_flagged(number, blank_places(text, told), cut):
+            return told
         windows = self._encoder.windows(text)
         if len(windows) == 1:
             return []
-        flagged = self._score(number, reading, windows) >= threshold
-        found = [(w.start, w.end) for w, hit in zip(windows, flagged, strict=True) if hit]
-        return merge_places([*places, *found])
+        return merge_places([*places, *self._flagged(number, reading, windows)])
+
+    def _told(self, number: int, reading: LexicalReading) -> list[Place]:
+        """Return the words that tell of the target, in the flagged parts of the text.
+
+        They are what the head marks, and terms that are too weak to stand for the target alone.
+        """
+        head = self._artifacts[number].span_head
+        if head is None:
+            return []
+        parts = self._flagged(number, reading, self._encoder.segments(reading.text))
+        found = told_places(reading.text, *self._encoder.tokens(reading.text), head)
+        found += [(match.start, match.end) for match, _ in reading.of(number)]
+        return [place for place in found if any(a < place[1] and place[0] < b for a, b in parts)]
+
+    def _is_flagged(self, number: int, text: str, cut: Callable[[str], list[Window]]) -> bool:
+        return bool(self._flagged(number, self._index.read(text), cut(text)))
+
+    def _flagged(
+        self, number: int, reading: LexicalReading, windows: Sequence[Window]
+    ) -> list[Place]:
+        hits = self._score(number, reading, windows) >= self._calibration.thresholds[number]
+        return [(w.start, w.end) for w, hit in zip(windows, hits, strict=True) if hit]
 
     # --- One text --------------------------------------------------------------------------------
 
@@ -195,13 +219,19 @@ class BundleDetector:
         texts before the encoder, and loses nothing.
         """
         thresholds = self._calibration.thresholds
-        found = []
-        for number, pointer in reading.candidates().items():
-            if self._artifacts[number].fusion is not None or number in self._scorers:
-                continue  # always looked at
-            bound = most(pointer.single, pointer.full, pointer.total, pointer.strong, self._fusion)
-            if bound >= thresholds[number]:
-                found.append((bound, pointer.full + pointer.single, number))
+        pointers = {
+            number: (pointer.single, pointer.full, pointer.total, pointer.strong)
+            for number, pointer in reading.candidates().items()
+            if self._artifacts[number].fusion is None and number not in self._scorers
+        }  # the others are always looked at
+        if not pointers:
+            return []
+        bounds = most_of_each(list(pointers.values()), self._fusion)
+        found = [
+            (float(bound), full + single, number)
+            for bound, (number, (single, full, _, _)) in zip(bounds, pointers.items(), strict=True)
+            if bound >= thresholds[number]
+        ]
         found.sort(reverse=True)
         return [number for _, _, number in found[:NAMED_CANDIDATES]]
 
@@ -289,4 +319,9 @@ def _check(artifact: TargetArtifact, encoder: OnnxEncoder, space: FeatureSpace) 
         raise IncompatibleArtifactError(
             f"the head of target {artifact.name!r} has {artifact.head.shape[0]} inputs, the "
             f"bundle's space gives {space.dimensions + 1}; add the target again"
+        )
+    if artifact.span_head is not None and artifact.span_head.shape != (encoder.hidden + 1,):
+        raise IncompatibleArtifactError(
+            f"the span head of target {artifact.name!r} has {artifact.span_head.shape[0]} inputs, "
+            f"the bundle's encoder gives {encoder.hidden + 1}; add the target again"
         )

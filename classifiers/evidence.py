@@ -8,6 +8,7 @@ benchmark holds: a forget set of one sentence leaves nothing to fit a fusion of 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,11 +82,22 @@ def fuse(evidence: FloatArray, fusion: Fusion) -> FloatArray:
 
 def most(single: float, full: float, total: float, strong: int, fusion: Fusion) -> float:
     """Return the highest log-odds that a text with these terms can reach, whatever its topic."""
-    if full >= STRONG:
-        return NAMED_LOGIT + QUOTED_LOGIT
-    lexical = single, full, math.log1p(total), min(strong, 3), 0.0
-    evidence = np.array([[1.0, TOPIC_MOST, *lexical]], np.float32)
-    return float(fuse(evidence, fusion)[0])
+    return float(most_of_each([(single, full, total, strong)], fusion)[0])
+
+
+def most_of_each(pointers: Sequence[tuple[float, float, float, int]], fusion: Fusion) -> FloatArray:
+    """Return `most` of several at once, shape (pointers,): a common name points at many targets."""
+    evidence = np.array(
+        [
+            (1.0, TOPIC_MOST, single, full, math.log1p(total), min(strong, 3), 0.0)
+            for single, full, total, strong in pointers
+        ],
+        np.float32,
+    ).reshape(-1, 2 + LEXICAL)
+    named = evidence[:, 3] >= STRONG
+    return np.asarray(
+        np.where(named, NAMED_LOGIT + QUOTED_LOGIT, fuse(evidence, fusion)), np.float32
+    )
 
 
 def gather(

@@ -30,6 +30,8 @@ from classifiers.fusion import FUSION
 from classifiers.lexicon import STRONG, Lexicon
 from classifiers.logistic import fit_fusion
 from classifiers.prototypes import MAX_PROTOTYPES, condense
+from classifiers.span_fit import learn_span_head
+from classifiers.spans import EntityFinder
 from classifiers.study import Held, Neighbours, Study, Tools
 from classifiers.target import TargetArtifact
 from classifiers.terms import STOP_WORDS
@@ -68,7 +70,9 @@ class TargetLearner:
         normalise: What serving does to a text before it is read.
         neighbours: Retain texts; None if there are none.
         fusion: How evidence is weighed.
-        effort: Variants of each forget row that are tried, 0 to 5; fewer is faster.
+        effort: Variants of each forget row that are tried, 0 to 5; fewer is faster. Up to 1 no span
+            head is learned.
+        entities: Marks names in forget rows for the span head (`classifiers.span_ner`); optional.
     """
 
     def __init__(
@@ -80,8 +84,9 @@ class TargetLearner:
         neighbours: Neighbours | None = None,
         fusion: Fusion = FUSION,
         effort: int = 5,
+        entities: EntityFinder | None = None,
     ) -> None:
-        self.tools = Tools(background, encoder, neighbours, effort)
+        self.tools = Tools(background, encoder, neighbours, effort, entities)
         self.hasher, self.normalise, self.fusion = hasher, normalise, fusion
         self._common: HashArray | None = None
 
@@ -125,6 +130,9 @@ class TargetLearner:
         retain = self._retain(study).scores(fusion)
         scores = benign.scores(fusion)
         grams = self._grams(forgotten, study.lexicon)
+        # A topic has no entity: of a text that is flagged for it, everything is corrupted.
+        entity = kind == "entity"
+        span_head = learn_span_head(self.tools, forgotten, study.names) if entity else None
         artifact = TargetArtifact(
             name=name,
             head=study.head / np.float32(study.spread),
@@ -134,6 +142,7 @@ class TargetLearner:
             calibration=fit_target(scores, naming, held_out.all, retain, len(texts)),
             encoder_hash=self.tools.encoder.source_hash,
             fusion=own,
+            span_head=span_head,
         )
         report("detector: calibration", 3, 3)
         counts: dict[str, int | str] = {

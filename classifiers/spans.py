@@ -1,17 +1,19 @@
 """Which characters of a flagged text carry the forgotten entity (ECO's token classifier).
 
 ECO marks person names with a downloaded NER model; here the target's own lexicon marks them, on
-the same normalised text. Where nothing is found the caller corrupts all tokens but the last, as ECO
-does.
+the same normalised text, and where names aren't all `classifiers.span_head` marks what tells of it.
+Where nothing is found the caller corrupts all tokens but the last, as ECO does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from classifiers.lexicon import FUZZY_FACTOR, STRONG, LexicalReading
 
 Place = tuple[int, int]
+EntityFinder = Callable[[str], list[Place]]
+"""Returns the characters of a text that name somebody or something."""
 
 GAP = 3
 """Characters between two marked words that are marked with them: a space, a hyphen, an initial."""

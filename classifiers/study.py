@@ -30,7 +30,7 @@ from classifiers.forgetset import ForgetSet
 from classifiers.lexicon import FEATURES as LEXICAL
 from classifiers.lexicon import Lexicon, LexiconIndex
 from classifiers.space import unit
-from classifiers.spans import entity_places
+from classifiers.spans import EntityFinder, Place, entity_places
 from classifiers.terms import MIN_WEIGHT, Words, term_candidates
 from classifiers.termtable import TermTable
 from classifiers.topic import Moments, apply, fit_ridge
@@ -85,12 +85,14 @@ class Tools:
         encoder: The bundle's encoder.
         neighbours: Retain texts; None if there are none.
         effort: Variants of each forget row that are tried, 0 to 5; fewer is faster.
+        entities: Marks names in forget rows beside the lexicon; None leaves it to the lexicon.
     """
 
     background: Background
     encoder: OnnxEncoder
     neighbours: Neighbours | None = None
     effort: int = 5
+    entities: EntityFinder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +159,17 @@ class Study:
         texts: list[str] = []
         folds: list[int] = []
         for number, text in enumerate(self._forget.asked):
-            places = entity_places(self._index.read(text), 0)
-            made = neighbour(text, places, self._rng)
+            made = neighbour(text, self.names(text), self._rng)
             if made is not None:
                 texts.append(made)
                 folds.append(int(self._folds[owners[number]]))
         tools = self._tools
         segments = segment_texts(texts, tools.encoder, tools.background.space)
         return segments, np.array(folds, np.int64)[segments.owners]
+
+    def names(self, text: str) -> list[Place]:
+        """Return the places of the target's names and titles in a text."""
+        return entity_places(self._index.read(text), 0)
 
     # --- Heads ---------------------------------------------------------------------------------
 

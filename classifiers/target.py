@@ -33,6 +33,8 @@ class TargetArtifact:
         calibration: What its scores mean.
         encoder_hash: Digest of the encoder's source, as hexadecimal digits.
         fusion: A topic's own weights of evidence; None takes the universal ones.
+        span_head: Marks tokens that tell of it, shape (hidden + 1,), in 16 bits; None where it was
+            learned in a hurry.
     """
 
     name: str
@@ -43,6 +45,7 @@ class TargetArtifact:
     calibration: TargetCalibration
     encoder_hash: str
     fusion: Fusion | None = None
+    span_head: FloatArray | None = None
 
     def files(self) -> dict[str, bytes]:
         """Return the target as files; those of SECRET_FILES are to be encrypted."""
@@ -52,6 +55,8 @@ class TargetArtifact:
         head = {"head": self.head, "encoder_sha256": digest, **self.calibration.to_arrays()}
         if self.fusion is not None:
             head["fusion"] = np.array([*self.fusion.weights, self.fusion.bias], np.float32)
+        if self.span_head is not None:
+            head["span_head"] = self.span_head.astype(np.float16)
         return {
             HEAD: bytes(save(head)),
             NAMES: self.lexicon.to_json(),
@@ -82,10 +87,18 @@ class TargetArtifact:
             raise ArtifactError(f"target {name!r} is damaged: its arrays do not fit together")
         calibration = TargetCalibration.from_arrays(head)
         fusion = _read_fusion(name, head["fusion"]) if "fusion" in head else None
-        return cls(name, weight, from_bytes(rows), lexicon, grams, calibration, digest, fusion)
+        spans = _read_span_head(name, head["span_head"]) if "span_head" in head else None
+        prototypes = from_bytes(rows)
+        return cls(name, weight, prototypes, lexicon, grams, calibration, digest, fusion, spans)
 
 
 def _read_fusion(name: str, values: FloatArray) -> Fusion:
     if values.shape != (len(SIGNS) + 1,) or not np.isfinite(values).all():
         raise ArtifactError(f"target {name!r} is damaged: its fusion has shape {values.shape}")
     return Fusion(tuple(float(value) for value in values[:-1]), float(values[-1]))
+
+
+def _read_span_head(name: str, values: FloatArray) -> FloatArray:
+    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
+        raise ArtifactError(f"target {name!r} is damaged: its span head is no row of numbers")
+    return values.astype(np.float32)

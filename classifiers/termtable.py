@@ -29,7 +29,7 @@ from classifiers.terms import (
 )
 
 MAX_TERMS = 600
-ASSOCIATE_TEXTS, ASSOCIATE_SHARE, ASSOCIATE_FACTOR = 3, 0.1, 0.8
+ASSOCIATE_TEXTS, ASSOCIATE_SHARE, ASSOCIATE_FACTOR = 3, 0.1, 0.7
 """Texts, and share of the texts, beyond which a term that isn't the target's name counts less."""
 
 MANY_TEXTS, SUBJECT_TEXTS, SUBJECT_SHARE = 60, 5, 0.02
@@ -190,11 +190,7 @@ class TermTable:
         """Return a name and those of rare words that it shares: "Mammadov", not "Stephen"."""
         rare = {part for part in main if self.rank(part) is None}
         found = {main, *((part,) for part in rare if len(part) >= PART_LETTERS)}
-        return found | {
-            term
-            for term in longer
-            if set(main) & set(term) and any(self.rank(part) is None for part in term)
-        }
+        return found | {term for term in longer if rare & set(term)}
 
     def _subjects(self, names: Sequence[Words], longer: Sequence[Words]) -> list[Words]:
         """Return the names that many texts are about: a forget set may hold twenty people.

@@ -154,7 +154,8 @@ def latency(
             progress("latency: bundles", number, len(bundles))
         examples = _examples(sources, subjects[0], sample, settings.seed)
         found = time_bundles(subjects, examples, rounds or ROUNDS, progress)
-    rows = latency_rows(found, settings.seed)
+    files = [example.groups[0] for example in examples]
+    rows = latency_rows(found, files, settings.seed)
     counts = {one.name: len(one.detector.targets) for one in subjects}
     sizes = {name: f"{n} target{'' if n == 1 else 's'}" for name, n in counts.items()}
     report = Report(command_text(context), settings.seed, tuple(rows), describe_versions(**sizes))

@@ -112,7 +112,9 @@ def timings(verdicts: FloatArray, encoded: Sequence[bool]) -> Timings:
 def test_figures_leave_the_first_round_apart() -> None:
     base = np.array([[50.0, 90.0], [1.0, 4.0], [1.0, 4.0]], np.float32)
     ours = np.array([[70.0, 99.0], [1.5, 6.0], [1.5, 6.0]], np.float32)
-    rows = latency_rows({"one": timings(base, [False, True]), "many": timings(ours, [False, True])})
+    both = [False, True]
+    found = {"one": timings(base, both), "many": timings(ours, both)}
+    rows = latency_rows(found, ["a", "a"])
 
     def p50(system: str, group: str, route: str = "verdict") -> float | None:
         return one(rows, system=system, group=group, route=route, measure="latency_p50_ms").value
@@ -125,7 +127,7 @@ def test_figures_leave_the_first_round_apart() -> None:
         for stage in STAGES
     ]
     assert shares == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    for group in ("all", CLEARED, ENCODED):
+    for group in ("a", CLEARED, ENCODED):
         row = one(rows, route="verdict", group=group, measure="latency_p50_ratio")
         assert row.system == "many" and row.value == pytest.approx(1.5)
         assert row.ci_low == pytest.approx(1.5) and row.ci_high == pytest.approx(1.5)
@@ -134,14 +136,17 @@ def test_figures_leave_the_first_round_apart() -> None:
 def test_ratios_compare_prompts_that_took_the_same_way() -> None:
     base = timings(np.full((3, 3), 1.0, np.float32), [False, False, True])
     slow = np.array([[9.0, 9.0, 9.0]] + [[2.0, 8.0, 3.0]] * 2, np.float32)
-    rows = latency_rows({"one": base, "many": timings(slow, [False, True, True])})
+    rows = latency_rows({"one": base, "many": timings(slow, [False, True, True])}, ["a", "b", "b"])
 
     def ratio(group: str) -> Row:
         return one(rows, route="verdict", group=group, measure="latency_p50_ratio")
 
     assert ratio(CLEARED).value == pytest.approx(2.0)
     assert ratio(ENCODED).value == pytest.approx(3.0)
-    assert ratio("all").n == 6
+    assert ratio("a").value == pytest.approx(2.0) and ratio("a").n == 2
+    assert ratio("b").value == pytest.approx(5.5) and ratio("b").n == 4
+    shares = {(r.system, r.group): r.value for r in rows if r.measure == "encoded_share"}
+    assert shares == {("one", "a"): 0, ("one", "b"): 0.5, ("many", "a"): 0, ("many", "b"): 1}
     counts = {(r.system, r.group): r.value for r in rows if r.measure == "prompts"}
     assert counts == {
         ("one", CLEARED): 2, ("one", ENCODED): 1, ("many", CLEARED): 1, ("many", ENCODED): 2,
@@ -149,7 +154,7 @@ def test_ratios_compare_prompts_that_took_the_same_way() -> None:
 
 
 def test_a_group_without_prompts_has_no_figures() -> None:
-    rows = latency_rows({"one": timings(np.ones((2, 2), np.float32), [False, False])})
+    rows = latency_rows({"one": timings(np.ones((2, 2), np.float32), [False, False])}, ["a", "a"])
     assert not [r for r in rows if r.group == ENCODED and r.measure != "prompts"]
     assert one(rows, group=ENCODED, measure="prompts").value == 0
 

@@ -80,7 +80,7 @@ def test_bundles_are_timed_beside_one_another_each_with_its_own_key(
     assert {(r.system, r.route, r.group) for r in ratios} == {
         ("default-2", route, group)
         for route in ("verdict", "decide")
-        for group in ("all", "cleared", "encoded")
+        for group in ("file=benign", "file=asked:question", "cleared", "encoded")
     }
     assert report.versions["default"] == report.versions["default-2"] == "1 target"
     assert "--rounds 2" in report.command
