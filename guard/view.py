@@ -30,10 +30,13 @@ MAX_ALTERNATIVES: Final = 16
 STEPS: Final = 3
 """Guesses that may build on one another: decoded, then deciphered, then respelt."""
 
-ALTERNATIVES_FACTOR: Final = 6
-ALTERNATIVES_FLOOR: Final = 20_000
+ALTERNATIVES_FACTOR: Final = 12
+ALTERNATIVES_FLOOR: Final = 100_000
 """All alternatives of a text together may be so many times its length, and so many characters
 more; what would go beyond that is not read, and the request is not read whole."""
+
+PIECES_IN_GUESS: Final = 2_000
+"""Characters of a guess that may itself hold a question in pieces."""
 
 WINDOW: Final = 6
 STRIDE: Final = 3
@@ -192,7 +195,7 @@ def _alternatives(text: str, sources: tuple[Source, ...]) -> tuple[list[Reading]
         for source, by in level:
             for guesser in _GUESSERS:
                 # Nothing undoes its own work: a cipher solved twice is the cipher again.
-                guess = None if guesser is by else guesser(source)
+                guess = None if guesser is by or _is_far(source, guesser) else guesser(source)
                 if guess is None or guess.traced.text in seen or not guess.traced.text.strip():
                     continue
                 seen.add(guess.traced.text)
@@ -206,6 +209,15 @@ def _alternatives(text: str, sources: tuple[Source, ...]) -> tuple[list[Reading]
         if not level:
             break
     return [_reading(guess, sources) for guess in _bounded(found, root)], unread
+
+
+def _is_far(source: Traced, guesser: _Guesser) -> bool:
+    """True where pieces would be looked for in a long guess: all its words would become some."""
+    return (
+        guesser is _piece_together
+        and source.parent is not None
+        and len(source.text) > PIECES_IN_GUESS
+    )
 
 
 def _grounded(source: Traced, stretches: tuple[Place, ...]) -> tuple[Place, ...]:
