@@ -73,11 +73,17 @@ def terms(evidence: FloatArray) -> FloatArray:
     return np.stack(columns, axis=1).astype(np.float32)
 
 
+PARTLY, PART_LOGIT = 4.8, 5.0
+"""Weight of a rare part of the target's name, and the least score of a window that holds it: enough
+in a small bundle, and left to the budget in one of thousands of people."""
+
+
 def fuse(evidence: FloatArray, fusion: Fusion) -> FloatArray:
     """Return the log-odds of each row of evidence, shape (rows, 7) -> (rows,)."""
     logits = terms(evidence) @ np.array(fusion.weights, np.float32) + np.float32(fusion.bias)
-    named = evidence[:, 3] >= STRONG
-    return np.asarray(np.where(named, np.maximum(logits, NAMED_LOGIT), logits), np.float32)
+    full = evidence[:, 3]
+    floor = np.select([full >= STRONG, full >= PARTLY], [NAMED_LOGIT, PART_LOGIT], -np.inf)
+    return np.asarray(np.maximum(logits, floor), np.float32)
 
 
 def most(single: float, full: float, total: float, strong: int, fusion: Fusion) -> float:

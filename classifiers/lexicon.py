@@ -30,6 +30,9 @@ FEATURES = 5
 STRONG = 5.0
 """Weight (natural log-odds) from which a term alone points at the target."""
 
+PART_WORTH = 4.9
+"""Weight of a rare part of a full name at most: less than STRONG."""
+
 FUZZY_FACTOR = 0.8
 FUZZY_ALONE_LETTERS = 6
 """Letters that a misspelt word needs to count alone; a part of a longer name needs fewer."""
@@ -388,10 +391,10 @@ class Pointer:
     total: float = 0.0
     strong: int = 0
 
-    def add(self, worth: float, full: bool) -> None:
-        """Count one more match."""
+    def add(self, worth: float, full: float) -> None:
+        """Count one more match, that names the target in full as heavily as `full`."""
         if full:
-            self.full = max(self.full, worth)
+            self.full = max(self.full, full)
         else:
             self.single = max(self.single, worth)
         self.total += worth
@@ -432,12 +435,24 @@ class LexicalReading:
                 known = found.get(number)
                 if known is None:
                     known = found[number] = Pointer()
-                known.add(weight * match.factor, number in match.primary)
+                worth = weight * match.factor
+                known.add(worth, self._full(match, number, worth))
         for match in self.matches:
             if len(match.owners) > MAX_OWNERS:
                 for number in found.keys() & match.owners.keys():
-                    found[number].add(match.owners[number] * match.factor, number in match.primary)
+                    worth = match.owners[number] * match.factor
+                    found[number].add(worth, self._full(match, number, worth))
         return found
+
+    def _full(self, match: Match, target: int, worth: float) -> float:
+        """Return how heavily a match names a target in full; 0 if it doesn't.
+
+        A rare part of a name ("Mammadov") does, but never as a full name would: others bear it.
+        """
+        if target not in match.primary:
+            return 0.0
+        alone = len(match.term) == 1 and target not in self._mononyms
+        return min(worth, PART_WORTH) if alone else worth
 
     def of(
         self, target: int, weights: Mapping[Words, float] | None = None
@@ -474,7 +489,7 @@ class LexicalReading:
                 if match.start >= start and match.end <= end:
                     best[match.term] = max(worth, best.get(match.term, 0.0))
                     if target in match.primary:
-                        full = max(full, worth)
+                        full = max(full, self._full(match, target, worth))
                     else:
                         single = max(single, worth)
             if best:
