@@ -42,7 +42,7 @@ PARTICLES = frozenset(_PARTICLE_TEXT.split())
 _SMALL = "|".join(sorted({*PARTICLES, "and", "in", "to", "for", "a", "from", "with", "on"}))
 _NAME = re.compile(
     rf"(?:[{_UPPER}]\.|[{_UPPER}][\w'’]*(?:-\w+)*)"
-    rf"(?:(?:[ \-]+|(?<=\b[{_UPPER}]\.)\s?|\s(?:{_SMALL})\s(?:(?:the|a|la|der|den|los)\s)?)"
+    rf"(?:(?:[ \-]+|(?<=\b[{_UPPER}]\.)\s?|\s(?:{_SMALL}|&)\s(?:(?:the|a|la|der|den|los)\s)?)"
     rf"(?:[{_UPPER}]\.|[{_UPPER}][\w'’]*(?:-\w+)*|\d{{1,2}}))+"
 )
 _HYPHENATED = re.compile(rf"[{_UPPER}]\w*-$")

@@ -128,10 +128,11 @@ class VerbatimIndex:
             return {}
         grams = self._hasher.grams([word for word, _, _ in words])
         first = np.searchsorted(self._hashes, grams, "left")
-        last = np.searchsorted(self._hashes, grams, "right")
+        known = self._hashes[np.minimum(first, len(self._hashes) - 1)] == grams
         found: dict[int, list[tuple[int, int]]] = {}
-        for at in np.flatnonzero(last > first):
+        for at in np.flatnonzero(known):
             place = (words[int(at)][1], words[int(at) + GRAM - 1][2])
-            for owner in self._owners[first[at] : last[at]]:
+            last = np.searchsorted(self._hashes, grams[at], "right")
+            for owner in self._owners[first[at] : last]:
                 found.setdefault(int(owner), []).append(place)
         return found
