@@ -167,7 +167,7 @@ class TargetLearner:
         if kind == "topic":
             # Names in examples of a topic are anybody's: the terms given are its lexicon.
             weights = {t: w for t, w in lexicon.weights.items() if t in table.given}
-            lexicon = replace(lexicon, weights=weights, primary=frozenset())
+            lexicon = replace(lexicon, weights=weights, primary=frozenset(), parts=frozenset())
         return Study(self.tools, forgotten, table, np.random.default_rng(seed), lexicon)
 
     def _count(self, forgotten: ForgetSet) -> TermTable:

@@ -81,13 +81,15 @@ class Lexicon:
 
     Attributes:
         weights: Log-odds of each term.
-        primary: Terms that name the target in full.
+        primary: Terms that name the target in full, and rare parts of such a name.
         others: Words that look like a misspelt name of the target but are something else.
+        parts: Those primary terms that are parts of a full name.
     """
 
     weights: Mapping[Words, float]
     primary: frozenset[Words] = frozenset()
     others: frozenset[str] = frozenset()
+    parts: frozenset[Words] = frozenset()
 
     def to_json(self) -> bytes:
         """Serialise; personal data, so the caller encrypts it."""
@@ -96,6 +98,7 @@ class Lexicon:
             "format": 2,
             "terms": rows,
             "primary": sorted(list(term) for term in self.primary),
+            "parts": sorted(list(term) for term in self.parts),
             "others": sorted(self.others),
         }
         return json.dumps(data, ensure_ascii=False).encode()
@@ -111,7 +114,8 @@ class Lexicon:
             found = json.loads(data)
             weights = {_read_term(term): _read_weight(weight) for term, weight in found["terms"]}
             primary = frozenset(_read_term(term) for term in found["primary"])
-            return cls(weights, primary, frozenset(_read_words(found["others"])))
+            parts = frozenset(_read_term(term) for term in found.get("parts", []))
+            return cls(weights, primary, frozenset(_read_words(found["others"])), parts)
         except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise ArtifactError(f"the target's lexicon cannot be read: {error!r}") from error
 
@@ -146,6 +150,7 @@ class Match:
         term: The term.
         owners: Weight of the term for each target that has it, by number.
         primary: Targets that it names in full.
+        parts: Targets of whose full name it is a rare part.
         factor: 1 for an exact match, less for a misspelt one.
     """
 
@@ -156,6 +161,7 @@ class Match:
     term: Words
     owners: Mapping[int, float]
     primary: frozenset[int]
+    parts: frozenset[int]
     factor: float
 
 
@@ -165,6 +171,7 @@ class _Node:
     term: Words = ()
     owners: dict[int, float] = field(default_factory=dict)
     primary: frozenset[int] = frozenset()
+    parts: frozenset[int] = frozenset()
 
 
 class LexiconIndex:
@@ -189,7 +196,7 @@ class LexiconIndex:
         self._mononyms = {
             number
             for number, lexicon in enumerate(lexicons)
-            if lexicon.primary and all(len(term) == 1 for term in lexicon.primary)
+            if lexicon.primary and all(len(t) == 1 for t in lexicon.primary - lexicon.parts)
         }
         for number, lexicon in enumerate(lexicons):
             self._add(number, lexicon)
@@ -203,7 +210,7 @@ class LexiconIndex:
     def _add(self, number: int, lexicon: Lexicon) -> None:
         for term, weight in lexicon.weights.items():
             named = term in lexicon.primary
-            self._put(term, term, number, weight, named)
+            self._put(term, term, number, weight, named, term in lexicon.parts)
             self._words.update(term)
             joined = "".join(term)
             if len(term) > 1 and weight >= STRONG and len(joined) >= JOINED_LETTERS:
@@ -212,7 +219,15 @@ class LexiconIndex:
         for word in lexicon.others:
             self._others.setdefault(word, set()).add(number)
 
-    def _put(self, path: Words, term: Words, number: int, weight: float, named: bool) -> None:
+    def _put(
+        self,
+        path: Words,
+        term: Words,
+        number: int,
+        weight: float,
+        named: bool,
+        part: bool = False,
+    ) -> None:
         node = self._root
         for word in path:
             node = node.children.setdefault(word, _Node())
@@ -220,6 +235,8 @@ class LexiconIndex:
         node.owners[number] = max(weight, node.owners.get(number, 0.0))
         if named:
             node.primary |= {number}
+        if part:
+            node.parts |= {number}
 
     def read(self, text: str, prepared: PreparedText | None = None) -> LexicalReading:
         """Find every term in a text.
@@ -235,7 +252,10 @@ class LexiconIndex:
         for date, start, end in ready.dates:
             node = self._root.children.get(date)
             if node is not None:
-                found.append(Match(start, end, -1, -1, node.term, node.owners, node.primary, 1.0))
+                owners = node.owners
+                found.append(
+                    Match(start, end, -1, -1, node.term, owners, node.primary, node.parts, 1.0)
+                )
         return LexicalReading(text, ready, found, self._common, self._mononyms)
 
     def restore_vowels(self, text: str) -> str | None:
@@ -322,7 +342,8 @@ class LexiconIndex:
             if strangers:
                 owners = {n: weight for n, weight in owners.items() if n not in strangers}
         start, end = words[first][1], words[last - 1][2]
-        return Match(start, end, first, last, node.term, owners, node.primary, factor)
+        named = node.primary, node.parts
+        return Match(start, end, first, last, node.term, owners, *named, factor)
 
     def _variants(self, word: str, bare: bool) -> tuple[Variant, ...]:
         """Return the known words that a word of a text may be, with what each is worth."""
@@ -451,8 +472,7 @@ class LexicalReading:
         """
         if target not in match.primary:
             return 0.0
-        alone = len(match.term) == 1 and target not in self._mononyms
-        return min(worth, PART_WORTH) if alone else worth
+        return min(worth, PART_WORTH) if target in match.parts else worth
 
     def of(
         self, target: int, weights: Mapping[Words, float] | None = None

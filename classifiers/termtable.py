@@ -151,7 +151,17 @@ class TermTable:
         # What the user gave, and what names the target, is kept however much else there is.
         kept.sort(key=lambda term: (term not in primary, -weights[term], term))
         chosen = {term: weights[term] for term in kept[:MAX_TERMS]}
-        return Lexicon(chosen, primary & set(chosen), self.others)
+        primary &= set(chosen)
+        return Lexicon(chosen, primary, self.others, self._parts(primary))
+
+    def _parts(self, primary: frozenset[Words]) -> frozenset[Words]:
+        """Return the words of full names: they name the target while few others bear them."""
+        longer = {word for term in primary if len(term) > 1 for word in term}
+        return frozenset(
+            term
+            for term in primary
+            if len(term) == 1 and term[0] in longer and term not in self.given
+        )
 
     def _share_of_own(self, term: Words, primary: frozenset[Words]) -> float:
         """Return what counts of a term's weight: less for what the target is known for.
