@@ -38,6 +38,9 @@ MANY_TEXTS, SUBJECT_TEXTS, SUBJECT_SHARE = 60, 5, 0.02
 PART_LETTERS = 4
 """A rare part of a name that is shorter ("Tae") is too many a thing to name the target alone."""
 
+MONONYM_LETTERS = 5
+"""A target's only name of so few letters ("Inca") may also be another thing's, like a part."""
+
 PRIMARY_SHARE = 0.3
 """Share of the forget texts that a name of common words must stand in to be the target's own."""
 
@@ -159,8 +162,8 @@ class TermTable:
         longer = {word for term in primary if len(term) > 1 for word in term}
         return frozenset(
             term
-            for term in primary
-            if len(term) == 1 and term[0] in longer and term not in self.given
+            for term in primary - self.given
+            if len(term) == 1 and (term[0] in longer or len(term[0]) <= MONONYM_LETTERS)
         )
 
     def _share_of_own(self, term: Words, primary: frozenset[Words]) -> float:

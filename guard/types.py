@@ -190,6 +190,23 @@ class SamplingParams:
     logprobs: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """What the model makes of each token of one answer, teacher-forced; all of shape (tokens,).
+
+    Attributes:
+        logprobs: Natural-log probability of the token.
+        means: Mean of the log probabilities of the vocabulary there, weighted by probability.
+        deviations: Standard deviation of the same (both for min-k++, arXiv 2404.02936).
+        correct: True where the token is the model's first choice.
+    """
+
+    logprobs: FloatArray
+    means: FloatArray
+    deviations: FloatArray
+    correct: BoolArray
+
+
 class LearningEngine(Protocol):
     """What learners and benchmarks need of a model: batched answers and their likelihood."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from guard.errors import ArtifactError
-from guard.types import FloatArray, Prompt, SamplingParams
+from guard.types import FloatArray, Prompt, SamplingParams, TokenScores
 from server.engines.embedded.decode import Network, decode
 from server.engines.embedded.lora import LoraSwitch
 from server.engines.embedded.prompts import EncodedPrompt, PromptEncoder
@@ -24,6 +24,11 @@ BATCH: Final = 32
 
 BATCH_TOKENS: Final = 8192
 """Padded tokens per batch at most, so that a batch of long prompts fits into memory."""
+
+
+_NO_TOKENS: Final = TokenScores(
+    np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros(0, np.bool_)
+)
 
 
 class EmbeddedModel:
@@ -126,9 +131,23 @@ class EmbeddedModel:
         Raises:
             ValueError: There are not as many answers as prompts.
         """
+        return [found.logprobs for found in self.score_tokens(prompts, answers, adapter, scale)]
+
+    def score_tokens(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        adapter: str | Path | None = None,
+        scale: float = 1.0,
+    ) -> list[TokenScores]:
+        """Like `score_answers`, with all that measures of memorisation need of each token.
+
+        Raises:
+            ValueError: There are not as many answers as prompts.
+        """
         if len(prompts) != len(answers):
             raise ValueError(f"got {len(prompts)} prompts and {len(answers)} answers")
-        scores: list[FloatArray] = [np.zeros(0, np.float32)] * len(prompts)
+        scores = [_NO_TOKENS] * len(prompts)
         with self._lock, self._lora.applied(adapter, scale):
             encoded = self._encode(prompts)
             targets = [self.tokenizer.encode(a, add_special_tokens=False) for a in answers]
@@ -180,7 +199,7 @@ class EmbeddedModel:
     @torch.inference_mode()
     def _score(
         self, prompts: Sequence[EncodedPrompt], targets: Sequence[list[int]]
-    ) -> list[FloatArray]:
+    ) -> list[TokenScores]:
         """Score one batch. Padding stands right, where causal attention never looks."""
         whole = [
             torch.cat([p.embeds, self._embed(torch.tensor(t, dtype=torch.long))])
@@ -190,16 +209,29 @@ class EmbeddedModel:
         first = min(len(p.ids) for p in prompts) - 1
         last = max(len(w) for w in whole) - 1
         if last <= first:
-            return [np.zeros(0, np.float32) for _ in prompts]
+            return [_NO_TOKENS for _ in prompts]
         keep = torch.arange(first, last, device=embeds.device)
         logits = self._network.forward(keep, inputs_embeds=embeds, use_cache=False)
-        scores: list[FloatArray] = []
+        scores: list[TokenScores] = []
         for row, prompt, target in zip(logits, prompts, targets, strict=True):
             start = len(prompt.ids) - 1 - first
-            wanted = torch.tensor(target, dtype=torch.long, device=row.device)[:, None]
-            chosen = row[start : start + len(target)].float().log_softmax(-1).gather(1, wanted)
-            scores.append(chosen[:, 0].cpu().numpy())
+            wanted = torch.tensor(target, dtype=torch.long, device=row.device)
+            scores.append(_token_scores(row[start : start + len(target)], wanted))
         return scores
+
+
+def _token_scores(logits: Tensor, wanted: Tensor) -> TokenScores:
+    """Compare each position's distribution with the wanted token; shapes (n, vocab) and (n,)."""
+    logs = logits.float().log_softmax(-1)
+    shares = logs.exp()
+    means = (shares * logs).sum(-1)
+    squares = (shares * logs.square()).sum(-1)
+    return TokenScores(
+        logprobs=logs.gather(1, wanted[:, None])[:, 0].cpu().numpy(),
+        means=means.cpu().numpy(),
+        deviations=(squares - means.square()).clamp_min(0).sqrt().cpu().numpy(),
+        correct=(logs.argmax(-1) == wanted).cpu().numpy(),
+    )
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
