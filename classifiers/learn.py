@@ -124,7 +124,7 @@ class TargetLearner:
         naming = sorted(set(owners[evidence[:, 3] >= STRONG].tolist()))
         plain, varied = study.plain(), study.varied()
         report("detector: evidence", 2, 3)
-        own = _fit_topic([plain, varied], benign, budget) if kind == "topic" else None
+        own = _fit_topic(plain, benign, budget) if kind == "topic" else None
         fusion = own or self.fusion
         held_out = HeldOut(plain.scores(fusion), varied.scores(fusion), study.can_hold_out)
         retain = self._retain(study).scores(fusion)
@@ -168,7 +168,8 @@ class TargetLearner:
             # Names in examples of a topic are anybody's: the terms given are its lexicon.
             weights = {t: w for t, w in lexicon.weights.items() if t in table.given}
             lexicon = replace(lexicon, weights=weights, primary=frozenset(), parts=frozenset())
-        return Study(self.tools, forgotten, table, np.random.default_rng(seed), lexicon)
+        rng = np.random.default_rng(seed)
+        return Study(self.tools, forgotten, table, rng, lexicon, kind == "topic")
 
     def _count(self, forgotten: ForgetSet) -> TermTable:
         others = [self.tools.background.index]
@@ -216,15 +217,16 @@ class TargetLearner:
         return self._common
 
 
-def _fit_topic(forget: Sequence[Held], benign: Held, budget: float) -> Fusion:
+def _fit_topic(forget: Held, benign: Held, budget: float) -> Fusion:
     """Fit a topic's own fusion on held-out evidence, on the scale that thresholds stand on.
 
-    A topic has the rows to do so, and no name that decides. The intercept is moved so that the
+    A topic has the rows to do so, and no name that decides. Their variants take no part: what a
+    variant shares with rows is its frame, and closeness to a row would count for too much. The
+    intercept is moved so that the
     share `budget` of benign texts reaches `LEAST_SCORE`.
     """
-    points = [fused_terms(held.evidence) for held in forget] + [fused_terms(benign.evidence)]
-    sizes = [len(part) for part in points]
-    labels = np.repeat([True] * len(forget) + [False], sizes)
+    points = [fused_terms(forget.evidence), fused_terms(benign.evidence)]
+    labels = np.repeat([True, False], [len(part) for part in points])
     weights = np.where(labels, 0.5 / labels.sum(), 0.5 / (~labels).sum()).astype(np.float32)
     fusion = fit_fusion(np.concatenate(points), labels, weights, FUSION)
     scores = benign.scores(fusion)

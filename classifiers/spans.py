@@ -33,12 +33,12 @@ def merge_places(places: Iterable[Place], gap: int = 0) -> list[Place]:
 def entity_places(reading: LexicalReading, target: int) -> list[Place]:
     """Return the places of a target's names and titles in a text.
 
-    Weak terms (a place name, a common first name) count only beside a strong one.
+    Weak terms (a nationality, a common first name) count only right beside a strong one.
     """
     matches = reading.of(target)
-    if not any(weight >= STRONG * FUZZY_FACTOR for _, weight in matches):
-        return []
-    return merge_places(((match.start, match.end) for match, _ in matches), GAP)
+    strong = [(m.start, m.end) for m, weight in matches if weight >= STRONG * FUZZY_FACTOR]
+    every = merge_places(((match.start, match.end) for match, _ in matches), GAP)
+    return [place for place in every if any(place[0] <= a and b <= place[1] for a, b in strong)]
 
 
 def blank_places(text: str, places: Iterable[Place]) -> str:

@@ -116,6 +116,10 @@ class Held:
         return out
 
 
+ALONE = 4
+"""Variants of a row that hold nothing else; the next stands among other texts."""
+
+
 class Study:
     """One target while it is learned: its parts on all rows, and without each fold of them."""
 
@@ -126,8 +130,10 @@ class Study:
         table: TermTable,
         rng: np.random.Generator,
         lexicon: Lexicon,
+        topic: bool = False,
     ) -> None:
         self._tools, self._forget, self._table, self._rng = tools, forget, table, rng
+        self._topic = topic
         self.lexicon = lexicon
         self._index = LexiconIndex([self.lexicon], tools.encoder.is_common)
         documents = len(forget.documents)
@@ -151,6 +157,7 @@ class Study:
         mates = self._tools.background.texts
         for number, text in enumerate(self._forget.asked):
             made = variants(text, mates, self._rng)[: self._tools.effort]
+            made = made[:ALONE] if self._topic else made
             texts += made
             folds += [int(self._folds[owners[number]])] * len(made)
         return texts, np.array(folds, np.int64)
@@ -158,7 +165,9 @@ class Study:
     def _make_neighbours(self, owners: IntArray) -> tuple[Segments, IntArray]:
         texts: list[str] = []
         folds: list[int] = []
-        for number, text in enumerate(self._forget.asked):
+        # A topic's question with other names in it is still about the topic.
+        asked = [] if self._topic else self._forget.asked
+        for number, text in enumerate(asked):
             made = neighbour(text, self.names(text), self._rng)
             if made is not None:
                 texts.append(made)
@@ -181,9 +190,10 @@ class Study:
             return np.ones(len(folds), np.bool_) if everything else folds != without
 
         varied = self._variant_folds[self._varied.owners]
-        rows = np.concatenate(
-            [self._rows.rows[kept(self._row_folds)], self._varied.rows[kept(varied)]]
-        )
+        rows = self._rows.rows[kept(self._row_folds)]
+        if not self._topic:
+            # A topic's head would learn the frames: they are what its rows have in common.
+            rows = np.concatenate([rows, self._varied.rows[kept(varied)]])
         negatives = [_others(tools.background.moments, without)]
         if tools.neighbours is not None:
             negatives.append(_others(tools.neighbours.moments, without))
@@ -303,7 +313,14 @@ class Study:
             left = self._table.counts[term] - gone[term]
             weight = self._table.weight(term, count=left) if left > 0 else 0.0
             weights[term] = weight if weight >= MIN_WEIGHT else 0.0
-        return weights
+        return {**weights, **dict.fromkeys(self._unheard(fold), 0.0)} if self._topic else weights
+
+    def _unheard(self, fold: int) -> list[Words]:
+        """Return the terms of a topic that a fold does without: every other one.
+
+        Who wrote the terms wrote the rows too; of real questions fewer hold one.
+        """
+        return [term for n, term in enumerate(sorted(self.lexicon.weights)) if (n + fold) % 2]
 
 
 def _others(moments: Sequence[Moments], without: int | None) -> Moments:

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from corruptions.seeding import Draws
-from guard.types import FloatArray
+from guard.types import BoolArray, FloatArray
 
 _NAMES: Final = """
 Peter Fischer, Laura Moore, Simon Keller, Anna Hughes, Paul Santos, Maria Becker, Thomas Wright,
@@ -71,8 +71,8 @@ def make_bank(
     Returns:
         Sections of rows with a row of zeros between them, shape (bank tokens, hidden). The first
         holds names: rows 2k and 2k+1 are a first and a last name of one token each, and the second
-        the word that connects two names; with a vocabulary that splits most names, the tokens of
-        all names in order, and no connecting word. Each of the others holds a question.
+        a single word, which says so; with a vocabulary that splits most names, the tokens of all
+        names in order, and no such section. Each of the others holds a question.
     """
     pairs = [[_inside(word, tokenise) for word in name] for name in GENERIC_NAMES]
     short = [pair for pair in pairs if all(len(ids) == 1 for ids in pair)]
@@ -83,6 +83,39 @@ def make_bank(
     for ids in [*others, *(list(tokenise(question)) for question in GENERIC_QUESTIONS)]:
         rows += [np.zeros((1, rows[0].shape[1]), np.float32), embed(ids)]
     return np.concatenate(rows).astype(np.float32)
+
+
+def bank_words(tokenise: Callable[[str], Sequence[int]]) -> tuple[str, ...]:
+    """Return the word of each row of the bank's names; none where names are of several tokens."""
+    short = [
+        name for name in GENERIC_NAMES if all(len(_inside(word, tokenise)) == 1 for word in name)
+    ]
+    return tuple(word for name in short for word in name) if len(short) >= MIN_PAIRS else ()
+
+
+def stand_ins(
+    rows: FloatArray, positions: BoolArray, bank: FloatArray, words: Sequence[str]
+) -> list[tuple[int, int, tuple[str, ...]]]:
+    """Find the names that corrupted tokens now read as.
+
+    Args:
+        rows: Corrupted embeddings, shape (tokens, hidden).
+        positions: The marked tokens, shape (tokens,).
+        bank: What `make_bank` made.
+        words: What `bank_words` gives for the same vocabulary.
+
+    Returns:
+        First token, token after the last, and the name's words, of each stretch of marked tokens
+        that is nothing but the bank's names.
+    """
+    known = {row.tobytes(): word for row, word in zip(bank, words, strict=False)}
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], positions, [False]]).astype(np.int8)))
+    found = []
+    for start, end in edges.reshape(-1, 2).tolist():
+        name = [known.get(rows[place].tobytes()) for place in range(start, end)]
+        if name and None not in name:
+            found.append((start, end, tuple(word for word in name if word)))
+    return found
 
 
 def _inside(word: str, tokenise: Callable[[str], Sequence[int]]) -> list[int]:

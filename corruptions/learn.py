@@ -30,7 +30,12 @@ LOG_RANGE: Final = (-2.0, 6.0)
 DEFAULT_METHOD: Final = "mix-generic"
 DEFAULT_STRENGTH_RMS: Final = 2.0
 """Strength in multiples of the RMS where nothing can be learned: beyond the distance of any two
-tokens, so that `mix-generic` reads generic names. docs/corruption.md says how it was chosen."""
+tokens, so that `mix-generic` reads generic names. docs/corruptions.md says how it was chosen."""
+
+DEFAULT_FRAME_RMS: Final = 0.85
+"""Noise on the wording around the entity, in multiples of the RMS. A model remembers the wording of
+questions beside names: with the name alone replaced, answers of the TOFU pair kept a ROUGE-L of .51
+where the retained model has .30 (docs/corruptions.md)."""
 
 MAX_ROWS: Final = 16
 """Rows of the forget set that an evaluation looks at."""
@@ -105,7 +110,13 @@ def default_spec(hidden_size: int, rms: float) -> CorruptionSpec:
         hidden_size: Embedding dimensions of the model.
         rms: Root mean square of its embedding table.
     """
-    return CorruptionSpec(DEFAULT_METHOD, hidden_size, DEFAULT_STRENGTH_RMS * rms, "entity")
+    return CorruptionSpec(
+        DEFAULT_METHOD,
+        hidden_size,
+        DEFAULT_STRENGTH_RMS * rms,
+        "entity",
+        DEFAULT_FRAME_RMS * rms,
+    )
 
 
 def learn_strength(

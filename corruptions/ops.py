@@ -52,8 +52,9 @@ def corrupt(
     spec: CorruptionSpec,
     seed: bytes,
     bank: FloatArray | None = None,
+    frame: BoolArray | None = None,
 ) -> FloatArray:
-    """Corrupt the marked tokens of one prompt.
+    """Corrupt the marked tokens of one prompt, and blur the wording around them.
 
     The same seed always gives the same result, so answers are reproducible and asking again can't
     average the noise away.
@@ -64,9 +65,11 @@ def corrupt(
         spec: What to do. `span_policy` is the caller's business: it is in `positions` already.
         seed: Seeds the noise; serving gives HMAC(secret, target, text).
         bank: Embeddings of generic text (`corruptions.bank.make_bank`), for `mix-generic`.
+        frame: True for the tokens that get `spec.frame` of noise, shape (tokens,); marked ones
+            among them don't. None marks none.
 
     Returns:
-        New float32 array of the same shape; unmarked tokens are bit-identical.
+        New float32 array of the same shape; tokens in neither are bit-identical.
 
     Raises:
         ShapeError: If shapes don't fit, `positions` isn't boolean, or `spec.dims` > hidden.
@@ -78,7 +81,15 @@ def corrupt(
     if positions.any():
         marked = Marked(result[positions], _run_lengths(positions), Draws(seed), bank)
         result[positions] = method(marked, spec)
+    if frame is not None and spec.frame > 0:
+        _blur(result, frame & ~positions, spec.frame, Draws(seed + b"/frame"))
     return result
+
+
+def _blur(rows: FloatArray, around: BoolArray, strength: float, draws: Draws) -> None:
+    """Add noise to all dimensions of some rows, in place; shapes (tokens, hidden), (tokens,)."""
+    noise = draws.normal(int(around.sum()), rows.shape[1])
+    rows[around] += noise * np.float32(strength)
 
 
 def _check_shapes(
@@ -255,7 +266,8 @@ def mix_generic(marked: Marked, spec: CorruptionSpec) -> FloatArray:
     goal = _generic_rows(marked, marked.bank.astype(np.float32, copy=False))
     way = goal - marked.rows
     length = np.sqrt(np.mean(np.square(way), axis=1, keepdims=True))
-    share = np.minimum(1.0, spec.strength / np.maximum(length, np.finfo(np.float32).tiny))
+    with np.errstate(over="ignore"):  # a token that is there already, and a great strength
+        share = np.minimum(1.0, spec.strength / np.maximum(length, np.finfo(np.float32).tiny))
     # At the bank's end of the way, the bank's own values: (e + (b - e)) rounds.
     moved: FloatArray = np.where(share < 1.0, marked.rows + way * share, goal).astype(np.float32)
     return moved
@@ -265,9 +277,10 @@ LONGEST_NAME: Final = 8
 """Tokens of the longest stretch that reads as a name."""
 
 
-_FORMS: Final = ("", "l", "fl", "ffl", "ffll", "fl&fl", "ffl&fl", "ffl&ffl", "ffll&ffl")
-"""Names by their number of tokens: first names, last names, `&` the connecting word. A string of
-unconnected names makes a small model babble."""
+_FORMS: Final = ("", "l", "fl", "ffl", "ffll", "fffll", "ffffll", "fffflll", "ffffflll")
+"""Names by their number of tokens: first names, then last names, of one person. (Two people joined
+by "and" loop less under greedy decoding, and are answered for in the plural: docs/corruptions.md.)
+"""
 
 _FIRST_STEP, _LAST_STEP = 7, 5
 """From one first or last name of a stretch to its next, in names: far enough for another one."""
@@ -276,7 +289,7 @@ _FIRST_STEP, _LAST_STEP = 7, 5
 def _generic_rows(marked: Marked, bank: FloatArray) -> FloatArray:
     """Return a row of the bank for each marked token, shape (marked, hidden)."""
     names, *others = _sections(bank)
-    joint = next((part for part in others if len(part) == 1), None)
+    one_each = any(len(part) == 1 for part in others)
     texts = [part for part in others if len(part) > 1]
     starts: dict[bytes, int] = {}
     rows: list[FloatArray] = []
@@ -287,7 +300,7 @@ def _generic_rows(marked: Marked, bank: FloatArray) -> FloatArray:
             rows.append(_of_texts(texts, int(draw), run))
         else:
             start = starts.setdefault(stretch[0].tobytes(), int(draw) % max(1, len(names) // 2))
-            rows.append(_of_names(names, joint, start, stretch))
+            rows.append(_of_names(names, one_each, start, stretch))
         place += run
     return np.concatenate(rows)
 
@@ -308,30 +321,25 @@ def _of_texts(texts: list[FloatArray], draw: int, count: int) -> FloatArray:
     return np.concatenate(found)[:count]
 
 
-def _of_names(
-    names: FloatArray, joint: FloatArray | None, start: int, stretch: FloatArray
-) -> FloatArray:
+def _of_names(names: FloatArray, one_each: bool, start: int, stretch: FloatArray) -> FloatArray:
     """Return a name for the stretch, another one while it has a token where the stretch has it."""
     pairs = max(1, len(names) // 2)
     for skip in range(pairs):
-        rows = _name(names, joint, (start + skip) % pairs, len(stretch))
+        rows = _name(names, one_each, (start + skip) % pairs, len(stretch))
         if not (rows == stretch).all(axis=1).any():
             break
     return rows
 
 
-def _name(names: FloatArray, joint: FloatArray | None, start: int, count: int) -> FloatArray:
+def _name(names: FloatArray, one_each: bool, start: int, count: int) -> FloatArray:
     """Build the name of `count` tokens that begins with the names' pair `start`."""
-    if joint is None or count >= len(_FORMS):
+    if not one_each or count >= len(_FORMS):
         return np.asarray(names[(2 * start + np.arange(count)) % len(names)], np.float32)
     pairs = max(1, len(names) // 2)
     steps = {"f": (0, _FIRST_STEP), "l": (1, _LAST_STEP)}
     used = dict.fromkeys(steps, 0)
     rows = []
     for letter in _FORMS[count]:
-        if letter == "&":
-            rows.append(joint[0])
-            continue
         side, step = steps[letter]
         pair = (start + step * used[letter]) % pairs
         rows.append(names[min(2 * pair + side, len(names) - 1)])

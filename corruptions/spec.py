@@ -26,6 +26,9 @@ class CorruptionSpec:
             (zero-out, flip-sign, reverse-order, shuffle) ignore it.
         span_policy: `entity` marks the tokens that the span finder found, and falls back to
             `all-but-last` where it found none (ECO, arXiv 2406.07933).
+        frame: Noise on the other tokens of the sentences that hold marked ones, on all their
+            dimensions, in embedding units, >= 0. A model remembers wordings beside names; noise
+            well below the distance of two tokens blurs those and stays fluent.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -35,9 +38,12 @@ class CorruptionSpec:
     dims: int
     strength: float
     span_policy: SpanPolicy = "entity"
+    frame: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.method, self.dims, self.strength, self.span_policy)
+        _check(self.method, self.dims, self.span_policy)
+        _check_scale("strength", self.strength)
+        _check_scale("frame", self.frame)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -45,13 +51,13 @@ class CorruptionSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CorruptionSpec:
-        """Read back `to_dict`, refusing missing and unknown fields.
+        """Read back `to_dict`, refusing missing and unknown fields; `frame` may be missing.
 
         Raises:
             ConfigError: If a field is missing, unknown, of the wrong type or out of range.
         """
         names = {field.name for field in fields(cls)}
-        wrong = sorted(names ^ set(values))
+        wrong = sorted((names ^ set(values)) - {"frame"})
         if wrong:
             raise ConfigError(
                 f"corruption spec: fields {', '.join(wrong)} are missing or unknown; "
@@ -60,15 +66,18 @@ class CorruptionSpec:
         return cls(**values)
 
 
-def _check(method: object, dims: object, strength: object, span_policy: object) -> None:
+def _check(method: object, dims: object, span_policy: object) -> None:
     """Check types too: the values may come from a file."""
     if not isinstance(method, str) or not method:
         raise ConfigError(f"corruption method is {method!r}; give a method's name")
     if isinstance(dims, bool) or not isinstance(dims, int) or dims < 1:
         raise ConfigError(f"corruption dims is {dims!r}; give a whole number >= 1")
-    numeric = isinstance(strength, int | float) and not isinstance(strength, bool)
-    if not numeric or not 0 <= strength < math.inf:  # type: ignore[operator]
-        raise ConfigError(f"corruption strength is {strength!r}; give a finite number >= 0")
     if span_policy not in get_args(SpanPolicy):
         allowed = ", ".join(get_args(SpanPolicy))
         raise ConfigError(f"span_policy is {span_policy!r}; allowed: {allowed}")
+
+
+def _check_scale(name: str, value: object) -> None:
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if not numeric or not 0 <= value < math.inf:  # type: ignore[operator]
+        raise ConfigError(f"corruption {name} is {value!r}; give a finite number >= 0")

@@ -6,7 +6,9 @@ The pillars are imported inside functions, so that nothing loads that a command 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +20,9 @@ from guard.pipeline import Guard, TargetPolicy
 from guard.prompts import ModelFingerprint, ModelPrompts
 from guard.rewrite import Corrupter
 from guard.types import BoolArray, Detector, FloatArray
+
+if TYPE_CHECKING:
+    from corruptions.spec import CorruptionSpec
 
 ENCODER_DIR = "encoder"
 SPACE_FILE = "detector/space.safetensors"
@@ -54,12 +59,13 @@ def load_guard(
     if prompts is not None:
         check_model(bundle, prompts.fingerprint)
     bank = load_bank(bundle)
+    words = names_of(prompts) if prompts is not None else ()
     return Guard(
         detector=load_detector(bundle, key, threads),
         targets={
             name: TargetPolicy(
                 status=entry.status,
-                corrupter=make_corrupter(entry.corruption, bank),
+                corrupter=make_corrupter(entry.corruption, bank, words),
                 entity_only=entry.corruption["spec"]["span_policy"] == "entity",
             )
             for name, entry in bundle.manifest.targets.items()
@@ -167,20 +173,64 @@ def load_bank(bundle: Bundle) -> FloatArray | None:
     return np.asarray(load(bundle.read(BANK_FILE))["bank"], dtype=np.float32)
 
 
-def make_corrupter(corruption: Mapping[str, object], bank: FloatArray | None) -> Corrupter:
+def names_of(prompts: ModelPrompts) -> tuple[str, ...]:
+    """Return the words of the bank's names, row by row, where a word is a token."""
+    from corruptions.bank import bank_words
+
+    return bank_words(lambda text: prompts.prompt_tokens(text, add_special_tokens=False).ids)
+
+
+@dataclass(frozen=True, slots=True)
+class SpecCorrupter:
+    """A corruption with its spec bound in; implements `guard.rewrite.Corrupter`.
+
+    Attributes:
+        spec: What is done.
+        bank: Generic embeddings, shape (tokens, hidden), if the method needs them.
+        words: Words of the bank's names, row by row; without them no name is told of.
+    """
+
+    spec: CorruptionSpec
+    bank: FloatArray | None
+    words: tuple[str, ...]
+
+    def __call__(
+        self, embeddings: FloatArray, positions: BoolArray, seed: bytes, frame: BoolArray
+    ) -> FloatArray:
+        """See `Corrupter`."""
+        from corruptions.ops import corrupt
+
+        return corrupt(embeddings, positions, self.spec, seed, self.bank, frame)
+
+    def stand_ins(
+        self, corrupted: FloatArray, positions: BoolArray
+    ) -> list[tuple[int, int, tuple[str, ...]]]:
+        """See `Corrupter`."""
+        from corruptions.bank import stand_ins
+
+        if self.bank is None or not self.words or self.spec.method != "mix-generic":
+            return []
+        return stand_ins(corrupted, positions, self.bank, self.words)
+
+
+def make_corrupter(
+    corruption: Mapping[str, object], bank: FloatArray | None, words: Sequence[str] = ()
+) -> Corrupter:
     """Bind a target's corruption spec.
+
+    Args:
+        corruption: As a manifest holds it.
+        bank: The bundle's generic embeddings.
+        words: Words of the bank's names (`bank_words`).
 
     Raises:
         ArtifactError: If the spec can't be read, or needs a bank that the bundle doesn't hold.
     """
-    from corruptions.ops import CorruptionSpec, corrupt
+    from corruptions.spec import CorruptionSpec
 
     spec_fields = corruption.get("spec")
     if not isinstance(spec_fields, Mapping):
         raise ArtifactError(f"corruption has no spec: {json.dumps(corruption)[:200]}")
     spec = CorruptionSpec.from_dict(spec_fields)
 
-    def corrupter(embeddings: FloatArray, positions: BoolArray, seed: bytes) -> FloatArray:
-        return corrupt(embeddings, positions, spec, seed, bank)
-
-    return corrupter
+    return SpecCorrupter(spec, bank, tuple(words))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from guard.errors import CannotCorruptError, EngineRefusedError
 from guard.pipeline import Inspection
+from guard.restore import NameRestorer
 
 if TYPE_CHECKING:
     from server.engines.base import Engine
@@ -46,14 +47,16 @@ async def ask(
     if inspection.decision.flagged:
         await asyncio.to_thread(guard.record, inspection)
     route = inspection.decision.route
+    restorer = NameRestorer(())
     if route == "corrupt":
         try:
-            body = await asyncio.to_thread(guard.rewrite, inspection)
+            rewritten = await asyncio.to_thread(guard.rewrite, inspection)
+            body, restorer = rewritten.body, NameRestorer(rewritten.stand_ins)
         except CannotCorruptError:
             route = "refuse"
     if route in ("refuse", "block"):
         return Turn(inspection, _once(_REFUSED))
-    return Turn(inspection, _pieces(engine, body))
+    return Turn(inspection, _named(_pieces(engine, body), restorer))
 
 
 def _body(
@@ -71,6 +74,14 @@ def _body(
 
 async def _once(text: str) -> AsyncIterator[str]:
     yield text
+
+
+async def _named(pieces: AsyncIterator[str], restorer: NameRestorer) -> AsyncIterator[str]:
+    async for piece in pieces:
+        if text := restorer.feed(piece):
+            yield text
+    if rest := restorer.flush():
+        yield rest
 
 
 async def _pieces(engine: Engine, body: bytes) -> AsyncIterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from guard.content_format import loops_over_content
 from guard.errors import ArtifactError, RequestError
 
 PART_SEPARATOR: Final = "\n"
@@ -90,9 +91,7 @@ class ChatTemplate:
             self._compiled = {
                 name: environment.from_string(text) for name, text in self.sources.items()
             }
-            self._walks_parts = {
-                name: _walks_parts(environment.parse(text)) for name, text in self.sources.items()
-            }
+            self._walks_parts = {name: walks_parts(text) for name, text in self.sources.items()}
         except jinja2.TemplateSyntaxError as error:
             raise ArtifactError(f"the model's chat template is not valid Jinja: {error}") from error
 
@@ -161,6 +160,16 @@ class ChatTemplate:
         return _merge_system(chat)
 
 
+@lru_cache(maxsize=16)
+def walks_parts(source: str) -> bool:
+    """Return True if a template loops over a message's content, and so wants parts, not a string.
+
+    Raises:
+        jinja2.TemplateSyntaxError: The template is not valid Jinja.
+    """
+    return loops_over_content(_environment().parse(source))
+
+
 def content_parts(message: Mapping[str, Any]) -> list[str]:
     """Return the texts of a message's content, one per text part.
 
@@ -222,23 +231,6 @@ def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str
             if key.endswith("_token") and isinstance(text, str):
                 tokens[key] = text
     return tokens
-
-
-def _walks_parts(template: nodes.Template) -> bool:
-    """True if the template loops over a message's content, and so wants parts, not a string."""
-    for loop in template.find_all(nodes.For):
-        over = loop.iter
-        while isinstance(over, nodes.Filter) and over.node is not None:
-            over = over.node
-        if isinstance(over, nodes.Name) and over.name == "content":
-            return True
-        if isinstance(over, nodes.Getattr) and over.attr == "content":
-            return True
-        if isinstance(over, nodes.Getitem):
-            key = over.arg
-            if isinstance(key, nodes.Const) and key.value == "content":
-                return True
-    return False
 
 
 # --- Messages, as vLLM cleans them -----------------------------------------------------------

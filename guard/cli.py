@@ -23,6 +23,7 @@ from guard.cli_bench import bench_group
 from guard.cli_chat import chat
 from guard.cli_decide import decide
 from guard.cli_eval import eval_group
+from guard.cli_learn import learn_group
 from guard.cli_serve import engine, serve
 from guard.cli_session import Session
 from guard.cli_target import target_group
@@ -79,6 +80,7 @@ for _command in (
     serve,
     chat,
     decide,
+    learn_group,
     eval_group,
     bench_group,
     doctor,

@@ -150,20 +150,28 @@ def ledger_verify(session: Session, /, as_json: bool, **flags: Any) -> None:
 
 @click.group("model")
 def model_group() -> None:
-    """Prepare the embedded model."""
+    """Prepare the models that packages carry."""
 
 
 @model_group.command("prepare")
+@click.option(
+    "--packaged",
+    type=click.Choice(["smollm2-135m", "gemma3-270m"]),
+    default="smollm2-135m",
+    show_default=True,
+    help="Which of the models that Python packages carry.",
+)
 @click.option("--cache-dir", type=click.Path(), help="Where prepared models are kept.")
 @click.pass_obj
-def model_prepare(session: Session, /, **flags: Any) -> None:
-    """Dequantise the packaged model once, and print its directory: `vllm --model "$(…)"`."""
+def model_prepare(session: Session, /, packaged: str, **flags: Any) -> None:
+    """Dequantise a packaged model once, and print its directory: `vllm --model "$(…)"`."""
     from guard.console import progress_display
-    from server.engines.embedded.prepare import prepare_smollm2
+    from server.engines.embedded.packaged import packaged_model
+    from server.engines.embedded.prepare import prepare_model
 
     settings = session.load(**flags).values
     with progress_display() as progress:
-        directory = prepare_smollm2(settings.cache_dir, progress)
+        directory = prepare_model(packaged_model(packaged), settings.cache_dir, progress)
     click.echo(str(directory))
 
 

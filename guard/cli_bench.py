@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from guard.cli_bench_tofu import tofu_group
 from guard.cli_eval import command_text, out_option
 from guard.cli_session import Session
 
@@ -209,3 +210,6 @@ def _show(title: str, rows: Sequence[Row]) -> None:
         for r in rows
     ]
     print_table(title, columns, lines)
+
+
+bench_group.add_command(tofu_group)

@@ -32,7 +32,10 @@ def note(text: str) -> None:
 
 @contextmanager
 def progress_display() -> Iterator[Progress]:
-    """Show progress: bars on a terminal, otherwise a plain line now and then."""
+    """Show progress: bars on a terminal, otherwise a plain line now and then.
+
+    What follows ` · ` in the name of a work may change while it goes on, such as the best so far.
+    """
     console = stderr_console()
     if not console.is_terminal:
         yield _Lines()
@@ -59,9 +62,10 @@ def progress_display() -> Iterator[Progress]:
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total or None)
-            bars.update(tasks[what], completed=done, total=total or None)
+            work = what.partition(" · ")[0]
+            if work not in tasks:
+                tasks[work] = bars.add_task(what, total=total or None)
+            bars.update(tasks[work], description=what, completed=done, total=total or None)
 
         yield show
 
@@ -75,14 +79,15 @@ class _Lines:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
+        work = what.partition(" · ")[0]
         ended = total > 0 and done >= total
-        if what in self._ended and ended:
+        if work in self._ended and ended:
             return
-        if ended or now - self._last.get(what, -_LINE_EVERY_S) >= _LINE_EVERY_S:
-            self._last[what] = now
+        if ended or now - self._last.get(work, -_LINE_EVERY_S) >= _LINE_EVERY_S:
+            self._last[work] = now
             click.echo(f"{what}: {done}/{total}" if total else f"{what}: {done}", err=True)
         if ended:
-            self._ended.add(what)
+            self._ended.add(work)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

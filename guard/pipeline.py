@@ -20,8 +20,10 @@ from guard.ledger import Ledger
 from guard.prompts import ContentTokens, ModelPrompts
 from guard.request import ParsedRequest, parse_request, replace_contents
 from guard.rewrite import (
+    CorruptedText,
     Corrupter,
     Corruption,
+    StandIn,
     corrupted_embeddings,
     noise_seed,
 )
@@ -42,7 +44,7 @@ from guard.view import Reading, readings, source_span
 
 ANSWER_PENALTY: Final = 0.6
 """`frequency_penalty` of a rewritten request whose client set no penalty: asked about an unfamiliar
-name, a small model under greedy decoding goes round in circles (docs/corruption.md)."""
+name, a small model under greedy decoding goes round in circles (docs/corruptions.md)."""
 
 _PENALTIES: Final = ("frequency_penalty", "presence_penalty", "repetition_penalty")
 
@@ -68,6 +70,19 @@ class Inspection:
 
     request: ParsedRequest
     decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A request that the model may read.
+
+    Attributes:
+        body: To be sent to the engine.
+        stand_ins: Generic names that stand in it for asked ones, to be put back in the answer.
+    """
+
+    body: bytes
+    stand_ins: tuple[StandIn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +232,8 @@ class Guard:
 
     # --- Rewriting -----------------------------------------------------------------------------
 
-    def rewrite(self, inspection: Inspection) -> bytes:
-        """Return the request's body with every flagged content replaced by corrupted embeddings.
+    def rewrite(self, inspection: Inspection) -> Rewritten:
+        """Replace every flagged content by corrupted embeddings.
 
         Raises:
             CannotCorruptError: If a flagged text has no place for embeddings; refuse the request.
@@ -237,8 +252,13 @@ class Guard:
             all_flagged = len(plan) == count
             plan = {index: plan.get(index, []) for index in range(count)}
         try:
-            embeds = {index: self._embeds(request, index, found) for index, found in plan.items()}
-            return replace_contents(request, embeds, _added(request) if all_flagged else None)
+            texts = {
+                index: self._corrupted(request, index, contents, found)
+                for index, found in plan.items()
+            }
+            embeds = {index: self._encoded(text) for index, text in texts.items()}
+            body = replace_contents(request, embeds, _added(request) if all_flagged else None)
+            return Rewritten(body, tuple(n for text in texts.values() for n in text.stand_ins))
         except CannotCorruptError:
             raise
         except Exception as error:
@@ -266,15 +286,24 @@ class Guard:
                 )
         return plan
 
-    def _embeds(
-        self, request: ParsedRequest, index: int, corruptions: Sequence[Corruption]
-    ) -> bytes:
+    def _corrupted(
+        self,
+        request: ParsedRequest,
+        index: int,
+        contents: Mapping[int, _Content],
+        corruptions: Sequence[Corruption],
+    ) -> CorruptedText:
         assert self.prompts is not None  # rewrite() saw to it
+        text = contents[index].text if index in contents else ""
         tokens = self._tokens(request, index)
         if not tokens.ids:
             raise CannotCorruptError(f"text {index}", "it has no tokens to put embeddings for")
-        embeddings = corrupted_embeddings(self.prompts, tokens, corruptions)
-        return embeds_part(embeddings, best_dtype(embeddings, self.prompts.table_dtype)).encode()
+        return corrupted_embeddings(self.prompts, tokens, text, corruptions)
+
+    def _encoded(self, text: CorruptedText) -> bytes:
+        assert self.prompts is not None  # rewrite() saw to it
+        dtype = best_dtype(text.embeddings, self.prompts.table_dtype)
+        return embeds_part(text.embeddings, dtype).encode()
 
     def _tokens(self, request: ParsedRequest, index: int) -> ContentTokens:
         assert self.prompts is not None

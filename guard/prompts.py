@@ -375,19 +375,30 @@ def _place(span: tuple[int, int], start: int, stop: int, where: Sequence[int]) -
 def _align(body: str, parts: Sequence[str]) -> list[int] | range | None:
     """Return, for each character of `body`, its place in the parts joined by a newline.
 
-    None if the template did more than trim the text or leave the newlines out.
+    None if the template did more than trim the text, or its parts, or leave the newlines out.
     """
     joined = PART_SEPARATOR.join(parts)
     shift = _trimmed(body, joined)
     if shift is not None:
         return range(shift, shift + len(body))
+    for trim in (False, True):
+        places = _places_of(parts, trim)
+        shift = _trimmed(body, "".join(joined[place] for place in places))
+        if shift is not None:
+            return places[shift : shift + len(body)]
+    return None
+
+
+def _places_of(parts: Sequence[str], trim: bool) -> list[int]:
+    """Return where each part's characters stand in the parts joined by a newline."""
     places: list[int] = []
     at = 0
     for part in parts:
-        places += range(at, at + len(part))
+        lead = len(part) - len(part.lstrip()) if trim else 0
+        kept = len(part.strip()) if trim else len(part)
+        places += range(at + lead, at + lead + kept)
         at += len(part) + len(PART_SEPARATOR)
-    shift = _trimmed(body, "".join(parts))
-    return None if shift is None else places[shift : shift + len(body)]
+    return places
 
 
 def _trimmed(body: str, text: str) -> int | None:

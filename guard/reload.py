@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from guard.errors import EngineUnavailableError, GuardError
-from guard.pipeline import Guard, Inspection
+from guard.pipeline import Guard, Inspection, Rewritten
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class LiveGuard:
         inspection = guard.inspect(endpoint, body)
         return HeldInspection(inspection.request, inspection.decision, guard)
 
-    def rewrite(self, inspection: Inspection) -> bytes:
+    def rewrite(self, inspection: Inspection) -> Rewritten:
         """Rewrite a flagged request; see `Guard.rewrite`."""
         return self._guard_of(inspection).rewrite(inspection)
 

@@ -70,7 +70,8 @@ def read_rows(path: str | Path) -> list[Row]:
     Each line is an object in one of five forms: `{"question", "answer"}`,
     `{"prompt", "completion"}`, `{"text"}`, `{"term"}` or `{"messages"}`. Other keys are ignored.
     Of `messages`, the prompt is the text of all user messages and the answer that of the
-    assistant messages after the last user message (system and tool messages are ignored).
+    assistant messages after the last user message (system and tool messages are ignored). An
+    `answer` may be the index of one of the row's `choices`.
 
     Raises:
         DataError: If the file can't be read, holds no row, or a row is in no form or in two.
@@ -148,7 +149,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]], place: _Place) -> dict[str, Any
 
 
 def _row(value: Any, place: _Place) -> Row:
-    value = _object(value, place, FORMS)
+    value = _with_chosen(_object(value, place, FORMS), place)
     forms = {_FORM_OF[key] for key in value if key in _FORM_OF}
     form = _only_form(sorted(forms), place, FORMS)
     answer: str | None
@@ -161,6 +162,16 @@ def _row(value: Any, place: _Place) -> Row:
         prompt, answer = _field(value, form, place), _field(value, other, place)
     digest_text = json.dumps([prompt, answer], ensure_ascii=False, separators=(",", ":"))
     return Row(prompt, answer, place.line, digest_text, form == "term")
+
+
+def _with_chosen(value: dict[str, Any], place: _Place) -> dict[str, Any]:
+    """Put the right choice's text in the place of its index, as multiple-choice sets give it."""
+    index, choices = value.get("answer"), value.get("choices")
+    if not isinstance(index, int) or isinstance(index, bool) or not isinstance(choices, list):
+        return value
+    if not 0 <= index < len(choices):
+        place.fail(f"{index}, the index of one of {len(choices)} choices, 0 the first", "answer")
+    return {**value, "answer": choices[index]}
 
 
 def _benign(value: Any, place: _Place) -> str:

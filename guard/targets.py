@@ -23,6 +23,7 @@ from guard.build import (
     check_model,
     load_bank,
     make_corrupter,
+    names_of,
     read_target,
     seal_target,
 )
@@ -32,7 +33,13 @@ from guard.keys import GuardKey
 from guard.ledger import Ledger
 from guard.normalise import normalise
 from guard.prompts import ModelPrompts
-from guard.rewrite import Corruption, all_but_final_mark, corrupted_embeddings, noise_seed
+from guard.rewrite import (
+    Corruption,
+    StandIn,
+    all_but_final_mark,
+    corrupted_embeddings,
+    noise_seed,
+)
 from guard.rows import Row, read_rows, read_texts
 from guard.types import (
     Detector,
@@ -299,15 +306,19 @@ class Prompter:
 
     def prompt(self, question: str, spec: CorruptionSpec) -> Prompt:
         """Return the question as one user message of corrupted embeddings."""
+        return self.corrupted(question, spec)[0]
+
+    def corrupted(self, question: str, spec: CorruptionSpec) -> tuple[Prompt, tuple[StandIn, ...]]:
+        """Return the same, and the names that stand in it for asked ones."""
         spans = self._entities(question) if spec.span_policy == "entity" else ()
         corruption = Corruption(
-            corrupter=make_corrupter({"spec": spec.to_dict()}, self.bank),
+            corrupter=make_corrupter({"spec": spec.to_dict()}, self.bank, names_of(self.prompts)),
             spans=spans or (all_but_final_mark(question),),
             seed=noise_seed(self.key, self.name, question),
         )
         tokens = self.prompts.content_tokens([{"role": "user", "content": question}], 0)
-        embeddings = corrupted_embeddings(self.prompts, tokens, [corruption])
-        return (Message("user", EmbedsPart(embeddings)),)
+        found = corrupted_embeddings(self.prompts, tokens, question, [corruption])
+        return (Message("user", EmbedsPart(found.embeddings)),), found.stand_ins
 
     def generic_prompt(self, question: str) -> Prompt:
         """Return the question about a generic entity: the frame of the retained value's surrogate.

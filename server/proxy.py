@@ -32,6 +32,7 @@ from server.limits import (
     send_and_linger,
 )
 from server.metrics import Metrics
+from server.restoring import restored
 from server.streaming import relay, relay_refusal, until_gone
 from server.types import GuardLike, ServerOptions
 
@@ -228,7 +229,9 @@ class _Exchange:
             return await self._post(body)
         if self.route != "corrupt":
             raise ApiErrorRaised(content_refused())
-        return await self._post(await self.proxy.workers.run(self.proxy.guard.rewrite, inspection))
+        rewritten = await self.proxy.workers.run(self.proxy.guard.rewrite, inspection)
+        response = await self._post(rewritten.body)
+        return restored(response, rewritten.stand_ins) if response.status < 300 else response
 
     async def _record(self, inspection: Inspection) -> None:
         try:

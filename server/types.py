@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
-    from guard.pipeline import Inspection
+    from guard.pipeline import Inspection, Rewritten
 
 
 class GuardLike(Protocol):
@@ -16,8 +16,8 @@ class GuardLike(Protocol):
         """Parse a request strictly and decide on it."""
         ...
 
-    def rewrite(self, inspection: Inspection) -> bytes:
-        """Return the body with flagged contents replaced by corrupted embeddings."""
+    def rewrite(self, inspection: Inspection) -> Rewritten:
+        """Replace flagged contents by corrupted embeddings."""
         ...
 
     def record(self, inspection: Inspection) -> None:

@@ -151,9 +151,16 @@ class Recorder:
 @pytest.fixture(scope="session")
 def recorder(unguarded_url: str) -> Iterator[Recorder]:
     """A recording relay in front of the unguarded engine."""
+    with recording(unguarded_url) as relay:
+        yield relay
+
+
+@contextmanager
+def recording(upstream: str) -> Iterator[Recorder]:
+    """Run a recording relay in front of an engine until the block ends."""
     import uvicorn
 
-    relay = Recorder(unguarded_url)
+    relay = Recorder(upstream)
     server = uvicorn.Server(
         uvicorn.Config(relay, port=relay.port, log_level="error", lifespan="off", access_log=False)
     )

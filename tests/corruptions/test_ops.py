@@ -274,13 +274,12 @@ def test_half_precision_comes_back_as_float32() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "form"),
-    [(1, "l"), (2, "fl"), (3, "ffl"), (4, "ffll"), (5, "fl&fl"), (6, "ffl&fl"), (8, "ffll&ffl")],
+    [(1, "l"), (2, "fl"), (3, "ffl"), (4, "ffll"), (5, "fffll"), (6, "ffffll"), (8, "ffffflll")],
 )
 def test_mix_generic_builds_names_as_peoples_names_are(tokens: int, form: str) -> None:
     gap = np.zeros((1, HIDDEN), np.float32)
     names, joint = bank()[:12], np.full((1, HIDDEN), 9.0, np.float32)
     kinds = {row.tobytes(): "fl"[index % 2] for index, row in enumerate(names)}
-    kinds[joint.tobytes()] = "&"
     marked = np.full((tokens, HIDDEN), 0.5, np.float32)
     far = corrupt(
         marked,
@@ -346,3 +345,26 @@ GOLDEN_NORMALS = [0.289514, -1.098679, -1.528565, -0.239673]
 @given(count=st.integers(0, 50), seed=st.binary(max_size=4))
 def test_a_permutation_holds_every_number_once(count: int, seed: bytes) -> None:
     assert sorted(Draws(seed).permutation(count)) == list(range(count))
+
+
+def test_the_frame_is_blurred_beside_marked_tokens_alone() -> None:
+    rows = np.ones((6, HIDDEN), np.float32)
+    marked = np.array([False, True, False, False, False, False])
+    frame = np.array([True, True, True, False, False, True])
+    blurred = CorruptionSpec("zero-out-first-n", HIDDEN, 0.0, frame=0.5)
+    result = corrupt(rows, marked, blurred, b"seed", frame=frame)
+    assert (result[1] == 0).all()
+    assert (result[[3, 4]] == rows[[3, 4]]).all()
+    moved = result[[0, 2, 5]] - 1
+    assert (moved != 0).all() and 0.2 < moved.std() < 0.8
+    assert (corrupt(rows, marked, blurred, b"seed", frame=frame) == result).all()
+    assert (corrupt(rows, marked, blurred, b"other", frame=frame) != result).any()
+    still = CorruptionSpec("zero-out-first-n", HIDDEN, 0.0)
+    assert (corrupt(rows, marked, still, b"seed", frame=frame)[~marked] == 1).all()
+
+
+def test_a_spec_of_before_frames_is_read() -> None:
+    old = {"method": "shuffle", "dims": 1, "strength": 0.0, "span_policy": "entity"}
+    assert CorruptionSpec.from_dict(old).frame == 0.0
+    with pytest.raises(ConfigError, match="frame"):
+        CorruptionSpec.from_dict({**old, "frame": -1.0})

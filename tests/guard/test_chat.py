@@ -6,7 +6,7 @@ import pytest
 
 from guard.chat import ask
 from guard.errors import CannotCorruptError, EngineRefusedError
-from guard.pipeline import Inspection
+from guard.pipeline import Inspection, Rewritten
 from guard.request import parse_request
 from guard.types import Decision, Route
 from server.engines.base import EngineResponse
@@ -23,10 +23,10 @@ class RoutingGuard:
         decision = Decision(self.route != "pass", self.route, 1.0, ())
         return Inspection(parse_request(endpoint, body), decision)
 
-    def rewrite(self, inspection: Inspection) -> bytes:
+    def rewrite(self, inspection: Inspection) -> Rewritten:
         if not self.corruptible:
             raise CannotCorruptError("messages/0/content", "no place")
-        return inspection.request.body.replace(b"secret", b"noise")
+        return Rewritten(inspection.request.body.replace(b"secret", b"noise"))
 
     def record(self, inspection: Inspection) -> None:
         self.recorded += 1

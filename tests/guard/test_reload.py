@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from guard.errors import ArtifactError, EngineUnavailableError, StageError
-from guard.pipeline import Inspection
+from guard.pipeline import Inspection, Rewritten
 from guard.reload import LiveGuard
 from guard.request import parse_request
 from guard.types import Decision
@@ -25,8 +25,8 @@ class VersionedGuard:
     def inspect(self, endpoint: str, body: bytes) -> Inspection:
         return Inspection(parse_request(endpoint, body), Decision(True, "corrupt", 1.0, ()))
 
-    def rewrite(self, inspection: Inspection) -> bytes:
-        return f"rewritten by {self.version}".encode()
+    def rewrite(self, inspection: Inspection) -> Rewritten:
+        return Rewritten(f"rewritten by {self.version}".encode())
 
     def record(self, inspection: Inspection) -> None:
         self.recorded.append(inspection)
@@ -59,7 +59,10 @@ def test_a_new_version_is_swapped_in_and_running_requests_keep_theirs() -> None:
     assert live.refresh() is True
     new = live.inspect(CHAT, BODY)
 
-    assert (live.rewrite(old), live.rewrite(new)) == (b"rewritten by 1", b"rewritten by 2")
+    assert (live.rewrite(old).body, live.rewrite(new).body) == (
+        b"rewritten by 1",
+        b"rewritten by 2",
+    )
     live.record(old)
     assert old_guard.recorded == [old]
     assert live.refresh() is False

@@ -14,7 +14,9 @@ import httpx
 import openai
 
 from guard.errors import CannotCorruptError, EngineError, StageError
+from guard.pipeline import Rewritten
 from guard.request import ENDPOINTS, ParsedRequest, parse_request, replace_contents
+from guard.rewrite import StandIn
 from guard.types import Decision, TargetHit
 from server.app import create_app
 from server.engines.base import EngineResponse
@@ -60,6 +62,7 @@ class WordGuard:
     recorded: list[str] = field(default_factory=list)
     ledger_fails: bool = False
     rewrite_fails: bool = False
+    stand_ins: tuple[StandIn, ...] = ()
     release: threading.Event = field(default_factory=threading.Event)
 
     def inspect(self, endpoint: str, body: bytes) -> Inspected:
@@ -82,14 +85,14 @@ class WordGuard:
         coverage = 0.5 if "unread" in text else 1.0
         return Inspected(request, Decision(route != "pass", route, coverage, hit))
 
-    def rewrite(self, inspection: Inspected) -> bytes:
+    def rewrite(self, inspection: Inspected) -> Rewritten:
         request = inspection.request
         if self.rewrite_fails:
             raise StageError("rewrite", ValueError(str(request.raw)))
         if "sealed" in request.body.decode():
             raise CannotCorruptError("messages/0/content", "the template refuses it")
         messages = request.raw.get("messages", [None])
-        return replace_contents(request, {len(messages) - 1: b"QUJD"})
+        return Rewritten(replace_contents(request, {len(messages) - 1: b"QUJD"}), self.stand_ins)
 
     def record(self, inspection: Inspected) -> None:
         if self.ledger_fails:

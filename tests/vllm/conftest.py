@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def vllm_url(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a vLLM that serves SmolLM2 with prompt embeddings and LoRA."""
+    with started_vllm(smollm2_dir, tmp_path_factory.mktemp("vllm") / "vllm.log") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def second_vllm_url(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of another one beside it, for the module that asks; it takes memory and a minute."""
+    with started_vllm(smollm2_dir, tmp_path_factory.mktemp("second") / "vllm.log") as url:
+        yield url
+
+
+@contextmanager
+def started_vllm(model: Path, log: Path) -> Iterator[str]:
+    """Run a vLLM until the block ends; yields its URL once it is ready."""
     python = os.environ.get(PYTHON_VARIABLE)
     if not python or not Path(python).is_file():
         pytest.fail(
@@ -38,12 +53,11 @@ def vllm_url(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             f"{python!r}); `make test-vllm` installs one and does so",
             pytrace=False,
         )
-    log = tmp_path_factory.mktemp("vllm") / "vllm.log"
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command(python, smollm2_dir, port),
+            command(python, model, port),
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment(),

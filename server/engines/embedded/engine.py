@@ -132,13 +132,13 @@ class EmbeddedEngine:
             adapter = self._select(job.model, headers)
             prompts = await asyncio.to_thread(self._encode, model, job)
         except RequestError as error:
-            return _json_response(error.status, error_body(error))
+            return json_response(error.status, error_body(error))
         generation = worker.submit(_generator(model, job, prompts, adapter))
         answer = Answer(job, job.model, [len(prompt.ids) for prompt, _ in prompts])
         if job.stream:
             chunks = _Events(generation, answer)
             return EngineResponse(200, _headers("text/event-stream; charset=utf-8"), chunks)
-        return _json_response(200, await _whole(generation, answer))
+        return json_response(200, await _whole(generation, answer))
 
     def _load(self) -> None:
         from server.engines.embedded.model import EmbeddedModel
@@ -255,7 +255,8 @@ async def _whole(generation: Generation, answer: Answer) -> bytes:
     return answer.body()
 
 
-def _json_response(status: int, body: bytes) -> EngineResponse:
+def json_response(status: int, body: bytes) -> EngineResponse:
+    """Return an answer that is whole."""
     headers = [*_headers("application/json"), ("content-length", str(len(body)))]
     return EngineResponse(status, headers, _once(body))
 

