@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, TypeVar
 
 import numpy as np
@@ -115,6 +116,8 @@ class Judge:
         by_row: False where v_r is one number for all rows.
         floor: The least fluency; its `known` belongs to the first rows.
         make_prompt: Corrupts a question.
+        put_back: Makes of an answer to a corrupted question what a client would get, given the
+            question, the corruption, the draw and the answer; None leaves answers as they are.
         draws: Draws of the noise to average over, at least 1.
         scoring: False where the engines only generate.
         seen: Figures by a digest of the corrupted prompts, of this run: beyond some strength many
@@ -129,6 +132,7 @@ class Judge:
     make_prompt: PromptMaker
     draws: int = 1
     scoring: bool = True
+    put_back: Callable[[str, CorruptionSpec, int, str], str] | None = None
     seen: dict[bytes, Figures] = field(default_factory=dict)
 
     def evaluate(self, engine: LearningEngine, spec: CorruptionSpec) -> Figures:
@@ -137,7 +141,9 @@ class Judge:
         flat = [prompt for prompts in draws for prompt in prompts]
         digest = _digest(flat)
         if digest not in self.seen:
-            heard = Heard(engine, flat, list(self.examples) * len(draws))
+            heard = Heard(
+                engine, flat, list(self.examples) * len(draws), partial(self._as_served, spec)
+            )
             self.seen[digest] = self._figures(heard, len(draws))
         return self.seen[digest]
 
@@ -164,10 +170,22 @@ class Judge:
         # What a measure generated is there already; otherwise a few rows have to do.
         generated = "texts" in heard.__dict__
         rows = len(heard.prompts) if generated else min(SPEECH_ROWS, len(self.examples))
-        some = heard if generated else Heard(heard.engine, heard.prompts[:rows], [])
+        some = (
+            heard if generated else Heard(heard.engine, heard.prompts[:rows], [], heard.as_served)
+        )
         known = () if generated else self.floor.known[:rows]
         speech = judge_speech(heard.engine, some.texts, self.scoring, known)
         return self.floor.excess(speech, rows)
+
+    def _as_served(self, spec: CorruptionSpec, answers: Sequence[str]) -> list[str]:
+        """Return answers, the rows' in order for each draw in turn, as clients get them."""
+        if self.put_back is None:
+            return list(answers)
+        rows = len(self.examples)
+        return [
+            self.put_back(self.examples[place % rows].question, spec, place // rows, answer)
+            for place, answer in enumerate(answers)
+        ]
 
     def _prompts(self, spec: CorruptionSpec) -> list[list[Prompt]]:
         """Corrupt the questions, shape (draws, rows); a method without noise needs one draw."""

@@ -60,16 +60,19 @@ class Heard:
         engine: The model.
         prompts: A prompt a row.
         examples: The rows.
+        as_served: Makes of the engine's answers what clients get; a name may be put back.
     """
 
     engine: LearningEngine
     prompts: Sequence[Prompt]
     examples: Sequence[Example]
+    as_served: Callable[[Sequence[str]], list[str]] = list
 
     @cached_property
     def texts(self) -> list[str]:
         """Its answers, greedy, `ANSWER_TOKENS` long at most."""
-        return self.engine.generate(self.prompts, SamplingParams(max_tokens=ANSWER_TOKENS))
+        params = SamplingParams(max_tokens=ANSWER_TOKENS)
+        return self.as_served(self.engine.generate(self.prompts, params))
 
     def likelihoods(self, answers: Sequence[Sequence[str]]) -> list[Values]:
         """Return the geometric-mean probability per token of each row's answers."""

@@ -315,3 +315,55 @@ def _show_closeness(rows: Sequence[Row]) -> None:
         if measure in groups
     ]
     print_table("beside retained", ("measure", *systems), lines)
+
+
+@tofu_group.command("surrogates")
+@click.option("--pair", type=_FILE, required=True, help="What `bench tofu prepare` made.")
+@click.option("--data", type=_FILE, required=True, help="Folder of TOFU's files.")
+@click.option("--questions", type=click.IntRange(1), help="Forget questions [60].")
+@click.option("--seed", type=int, help="Seed of sample and intervals.")
+@click.option("--threads", type=int, help="Threads of torch.")
+@out_option
+@bundle_option
+@click.pass_context
+def surrogates(
+    context: click.Context,
+    /,
+    pair: Path,
+    data: Path,
+    questions: int | None,
+    out: Path,
+    **options: Any,
+) -> None:
+    """Say how far the learner's surrogates are from the retained model's true values."""
+    from benchmarks.report import Report, describe_versions, write_report
+    from benchmarks.surrogates import surrogate_rows
+    from benchmarks.tofu_measure import System
+    from benchmarks.tofu_pair import read_pair
+    from benchmarks.tofu_rows import load_pair_data, sample
+    from guard.build import load_guard
+    from guard.console import note, progress_display
+    from guard.prompts import ModelPrompts
+    from server.engines.embedded.model import EmbeddedModel
+
+    session: Session = context.obj
+    settings = session.load(**options).values
+    found = read_pair(pair)
+    store, key = session.existing_bundle()
+    rows = load_pair_data(data, found.authors.forget, found.authors.retain).forget
+    asked = sample(rows, questions or 60, settings.seed)
+    with progress_display() as progress:
+        progress("surrogates: loading", 0, 1)
+        prompts = ModelPrompts.load(str(found.full))
+        guard = load_guard(store=store, key=key, prompts=prompts, ledger=None)
+        full, retained = (
+            EmbeddedModel.load(one, threads=settings.threads)
+            for one in (found.full, found.retained)
+        )
+        system = System("full", "corrupt", full, guard)
+        figures = surrogate_rows(
+            asked, retained, system, store.current(), key, settings.seed, progress
+        )
+    report = Report(command_text(context), settings.seed, tuple(figures), describe_versions())
+    write_report(out, report)
+    note(f"{out}: report.json, table.md")

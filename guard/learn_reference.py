@@ -27,6 +27,7 @@ from corruptions.objectives import Example, Heard, Measure, Values, chance, dist
 from corruptions.spec import CorruptionSpec
 from corruptions.trace import Record, Trace
 from guard.learn_inputs import RetainedModel, Source
+from guard.restore import NameRestorer
 from guard.targets import Prompter
 from guard.types import LearningEngine, Message, Prompt
 
@@ -81,6 +82,7 @@ class Comparison:
             make_prompt=self._corrupted,
             draws=len(self.prompters),
             scoring=self.scoring,
+            put_back=self._put_back,
         )
 
     def clean(self, judge: Judge, part: slice, reference: Record) -> Figures:
@@ -141,6 +143,10 @@ class Comparison:
 
     def _corrupted(self, question: str, spec: CorruptionSpec, draw: int) -> Prompt:
         return self.prompters[draw].prompt(question, spec)
+
+    def _put_back(self, question: str, spec: CorruptionSpec, draw: int, answer: str) -> str:
+        _, stand_ins = self.prompters[draw].corrupted(question, spec)
+        return NameRestorer(stand_ins).restore(answer)
 
 
 def _plain(rows: Sequence[Example]) -> list[Prompt]:

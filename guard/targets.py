@@ -326,9 +326,13 @@ class Prompter:
         ECO (arXiv 2406.07933) takes a surrogate where no retained model exists.
         """
         from corruptions.bank import swap_entities
+        from corruptions.objective import unrelated_prompt
 
+        entities = self._entities(question)
+        if not entities:  # left as it is, the question would measure the memory itself
+            return unrelated_prompt(question)
         seed = noise_seed(self.key, f"{self.name}/generic", question)
-        return (Message("user", swap_entities(question, self._entities(question), seed)),)
+        return (Message("user", swap_entities(question, entities, seed)),)
 
     def _entities(self, question: str) -> tuple[tuple[int, int], ...]:
         normalised = normalise(question)
