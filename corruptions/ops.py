@@ -273,14 +273,14 @@ def mix_generic(marked: Marked, spec: CorruptionSpec) -> FloatArray:
     return moved
 
 
-LONGEST_NAME: Final = 8
-"""Tokens of the longest stretch that reads as a name."""
+LONGEST_NAME: Final = 16
+"""Tokens of the longest stretch that reads as a name: "Basil Mahfouz Al-Kuwaiti" has ten."""
 
 
-_FORMS: Final = ("", "l", "fl", "ffl", "ffll", "fffll", "ffffll", "fffflll", "ffffflll")
-"""Names by their number of tokens: first names, then last names, of one person. (Two people joined
-by "and" loop less under greedy decoding, and are answered for in the plural: docs/corruptions.md.)
-"""
+_LAST_NAMES: Final = (0, 1, 1, 1, 2, 2, 2, 3)
+"""Last names of a name of so many tokens, the rest before them first names: one person's. (Two
+people joined by "and" loop less under greedy decoding, and are answered for in the plural:
+docs/corruptions.md.)"""
 
 _FIRST_STEP, _LAST_STEP = 7, 5
 """From one first or last name of a stretch to its next, in names: far enough for another one."""
@@ -333,15 +333,15 @@ def _of_names(names: FloatArray, one_each: bool, start: int, stretch: FloatArray
 
 def _name(names: FloatArray, one_each: bool, start: int, count: int) -> FloatArray:
     """Build the name of `count` tokens that begins with the names' pair `start`."""
-    if not one_each or count >= len(_FORMS):
+    if not one_each:
         return np.asarray(names[(2 * start + np.arange(count)) % len(names)], np.float32)
     pairs = max(1, len(names) // 2)
-    steps = {"f": (0, _FIRST_STEP), "l": (1, _LAST_STEP)}
-    used = dict.fromkeys(steps, 0)
-    rows = []
-    for letter in _FORMS[count]:
-        side, step = steps[letter]
-        pair = (start + step * used[letter]) % pairs
-        rows.append(names[min(2 * pair + side, len(names) - 1)])
-        used[letter] += 1
-    return np.stack(rows)
+    last = _LAST_NAMES[min(count, len(_LAST_NAMES) - 1)]
+    first = np.arange(count - last)
+    rows = np.concatenate(
+        [
+            2 * ((start + _FIRST_STEP * first) % pairs),
+            2 * ((start + _LAST_STEP * np.arange(last)) % pairs) + 1,
+        ]
+    )
+    return np.asarray(names[np.minimum(rows, len(names) - 1)], np.float32)

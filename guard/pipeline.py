@@ -42,7 +42,7 @@ from guard.types import (
 )
 from guard.view import Reading, readings, source_span
 
-ANSWER_PENALTY: Final = 0.6
+ANSWER_PENALTY: Final = 0.3
 """`frequency_penalty` of a rewritten request whose client set no penalty: asked about an unfamiliar
 name, a small model under greedy decoding goes round in circles (docs/corruptions.md)."""
 

@@ -216,11 +216,11 @@ def test_mix_generic_reads_a_first_name_where_a_stretch_begins_and_repeats_itsel
 
 
 def test_mix_generic_reads_a_text_from_its_start_in_place_of_a_long_stretch() -> None:
-    embeddings, _ = world(14)
-    positions = np.ones(14, np.bool_)
+    embeddings, _ = world(18)
+    positions = np.ones(18, np.bool_)
     texts = bank()[13:22], bank()[23:32]
     far = corrupt(embeddings, positions, spec("mix-generic", strength=1e6), b"s", bank())
-    orders = [np.concatenate(pair)[:14].tobytes() for pair in (texts, texts[::-1])]
+    orders = [np.concatenate(pair)[:18].tobytes() for pair in (texts, texts[::-1])]
     assert far.tobytes() in orders
 
 
