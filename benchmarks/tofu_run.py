@@ -130,7 +130,7 @@ class Plan:
             "pair": [(self.pair / name / "model.safetensors").stat().st_size for name in PAIR],
             "about": (self.pair / "pair.json").read_text() if self._described else "",
             "bundle": [bundle.manifest.version, bundle.manifest.key_id],
-            "settings": asdict(self.settings),
+            "settings": asdict(replace(self.settings, leaks=())),
             "forget": [row.text for row in self.data.forget],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -180,20 +180,54 @@ def _remembered(
     progress: Progress,
     seen: dict[bytes, TokenScores] | None = None,
 ) -> Measured:
-    digest = plan.digest()
-    file = out / "systems" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
-    if file.exists():
-        held = json.loads(file.read_text(encoding="utf-8"))
-        if held.pop("run") == digest and held.pop("spec") == _spec_text(plan, name):
-            return Measured(**{**held, "likelihoods": from_json(held["likelihoods"])})
-    with _opened(plan, name, route) as (system, endpoint):
-        measured = measure(plan, system, endpoint, Scorer(seen), progress)
+    held = _held(plan, out, name)
+    measured = None
+    if held is not None:
+        measured = Measured(**{**held, "likelihoods": from_json(held["likelihoods"])})
+    if measured is None:
+        with _opened(plan, name, route) as (system, endpoint):
+            measured = measure(plan, system, endpoint, Scorer(seen), progress)
+        _hold(plan, out, measured)
+    missing = _missing_leaks(plan, measured)
+    if missing:
+        with _opened(plan, name, route) as (system, endpoint):
+            for count, questions in missing:
+                found = leaking(plan, system, endpoint, count, questions, progress)
+                measured.leaks[f"{count}x{questions}"] = found
+                _hold(plan, out, measured)
+    return measured
+
+
+def _missing_leaks(plan: Plan, measured: Measured) -> list[tuple[int, int]]:
+    """Return what of leak@k is still to be sampled; what knows by design is left out."""
+    if measured.name != "retained" and measured.route != "corrupt":
+        return []
+    wanted = plan.settings.leaks
+    return [one for one in wanted if f"{one[0]}x{one[1]}" not in measured.leaks]
+
+
+def _file(out: Path, name: str) -> Path:
+    return out / "systems" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+
+
+def _held(plan: Plan, out: Path, name: str) -> dict[str, Any] | None:
+    """Return what an earlier run measured of the very same."""
+    if not _file(out, name).exists():
+        return None
+    held: dict[str, Any] = json.loads(_file(out, name).read_text(encoding="utf-8"))
+    same = held.pop("run") == plan.digest() and held.pop("spec") == _spec_text(plan, name)
+    return held if same else None
+
+
+def _hold(plan: Plan, out: Path, measured: Measured) -> None:
+    """Write a system's figures, all or nothing."""
+    file = _file(out, measured.name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    body = {**_fields(measured), "run": digest, "spec": _spec_text(plan, name)}
+    spec = _spec_text(plan, measured.name)
     draft = file.with_suffix(".new")
+    body = {**_fields(measured), "run": plan.digest(), "spec": spec}
     draft.write_text(json.dumps(body), encoding="utf-8")
     os.replace(draft, file)
-    return measured
 
 
 def _fields(measured: Measured) -> dict[str, Any]:
@@ -265,14 +299,9 @@ def measure(
         for kind, rows in asked.items()
     }
     nlls = base_nlls(_base(plan), [row.text for row in asked["forget"]], answers["forget"])
-    leaks = {
-        f"{count}x{questions}": leaking(plan, system, endpoint, count, questions, progress)
-        for count, questions in plan.settings.leaks
-        if system.route in ("none", "corrupt")
-    }
     sets = {"forget": plan.data.forget, **plan.data.kept}
     flagged = {kind: _flagged(system, rows) for kind, rows in sets.items()}
-    return Measured(system.name, system.route, found, answers, nlls, leaks, flagged)
+    return Measured(system.name, system.route, found, answers, nlls, {}, flagged)
 
 
 def leaking(

@@ -150,7 +150,9 @@ class _Table:
         rows = []
         for plan, counts in self.measured.leaks.items():
             samples = int(plan.split("x")[0])
-            theirs = self.retained.leaks[plan]
+            theirs = self.retained.leaks.get(plan)
+            if theirs is None:
+                continue
             for k in LEAK_K:
                 if k > samples or (k == LEAK_K[0] and samples > 50):
                     continue
