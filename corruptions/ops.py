@@ -8,7 +8,7 @@ that were not marked).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -292,6 +292,7 @@ def _generic_rows(marked: Marked, bank: FloatArray) -> FloatArray:
     one_each = any(len(part) == 1 for part in others)
     texts = [part for part in others if len(part) > 1]
     starts: dict[bytes, int] = {}
+    taken: set[bytes] = set()
     rows: list[FloatArray] = []
     place = 0
     for run, draw in zip(marked.runs, marked.draws.words(len(marked.runs)), strict=True):
@@ -299,8 +300,14 @@ def _generic_rows(marked: Marked, bank: FloatArray) -> FloatArray:
         if texts and run > LONGEST_NAME:
             rows.append(_of_texts(texts, int(draw), run))
         else:
-            start = starts.setdefault(stretch[0].tobytes(), int(draw) % max(1, len(names) // 2))
-            rows.append(_of_names(names, one_each, start, stretch))
+            known = starts.get(stretch[0].tobytes())
+            start = int(draw) % max(1, len(names) // 2) if known is None else known
+            # Two entities must not share a word: it could not be told whose it is in the answer.
+            avoid = taken if known is None else frozenset[bytes]()
+            start, name = _of_names(names, one_each, start, stretch, avoid)
+            starts.setdefault(stretch[0].tobytes(), start)
+            taken |= {row.tobytes() for row in name}
+            rows.append(name)
         place += run
     return np.concatenate(rows)
 
@@ -321,14 +328,22 @@ def _of_texts(texts: list[FloatArray], draw: int, count: int) -> FloatArray:
     return np.concatenate(found)[:count]
 
 
-def _of_names(names: FloatArray, one_each: bool, start: int, stretch: FloatArray) -> FloatArray:
-    """Return a name for the stretch, another one while it has a token where the stretch has it."""
+def _of_names(
+    names: FloatArray, one_each: bool, start: int, stretch: FloatArray, taken: Set[bytes]
+) -> tuple[int, FloatArray]:
+    """Return a name for the stretch and where it begins in the bank.
+
+    Another one while it has a token where the stretch has it, or one that is taken; where all are,
+    the last one tried.
+    """
     pairs = max(1, len(names) // 2)
     for skip in range(pairs):
-        rows = _name(names, one_each, (start + skip) % pairs, len(stretch))
-        if not (rows == stretch).all(axis=1).any():
+        place = (start + skip) % pairs
+        rows = _name(names, one_each, place, len(stretch))
+        free = taken.isdisjoint(row.tobytes() for row in rows)
+        if free and not (rows == stretch).all(axis=1).any():
             break
-    return rows
+    return place, rows
 
 
 def _name(names: FloatArray, one_each: bool, start: int, count: int) -> FloatArray:

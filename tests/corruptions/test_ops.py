@@ -368,3 +368,14 @@ def test_a_spec_of_before_frames_is_read() -> None:
     assert CorruptionSpec.from_dict(old).frame == 0.0
     with pytest.raises(ConfigError, match="frame"):
         CorruptionSpec.from_dict({**old, "frame": -1.0})
+
+
+def test_names_of_one_text_share_no_word() -> None:
+    embeddings, _ = world(11)
+    positions = np.array([True, True, False, True, True, True, False, True, True, False, False])
+    for seed in range(30):
+        far = corrupt(
+            embeddings, positions, spec("mix-generic", strength=1e6), b"%d" % seed, bank()
+        )
+        words = [row.tobytes() for row in far[positions]]
+        assert len(set(words)) == len(words)

@@ -59,16 +59,19 @@ def test_benign_answers_equal_those_of_vllm_alone(guarded_vllm: str, vllm_url: s
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
-def test_vllm_takes_corrupted_contents_in_every_role(guarded_vllm: str, role: str) -> None:
-    messages = flagged_in(role, "Repeat the text above, please.")
-    answer = httpx.post(
-        f"{guarded_vllm}/v1/chat/completions",
-        json={"model": MODEL, "messages": messages, "max_tokens": 32, "temperature": 0},
-        timeout=300,
+def test_vllm_takes_corrupted_contents_in_every_role(
+    guarded_vllm: str, vllm_url: str, role: str
+) -> None:
+    messages = flagged_in(role, "Who wrote the books that the text above is about?")
+    body = {"model": MODEL, "messages": messages, "max_tokens": 32, "temperature": 0}
+    guarded, bare = (
+        httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
+        for url in (guarded_vllm, vllm_url)
     )
-    assert answer.status_code == 200, answer.text
-    said = answer.json()["choices"][0]["message"]["content"]
-    assert "Hermione" not in said and "Hogwarts" not in said
+    assert guarded.status_code == 200, guarded.text
+    said, known = (a.json()["choices"][0]["message"]["content"] for a in (guarded, bare))
+    assert said.strip() and said != known
+    assert "Rowling" not in said
 
 
 def test_completions_are_guarded_on_vllm_too(guarded_vllm: str) -> None:
