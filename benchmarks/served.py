@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from server.types import GuardLike
 
 CLIENTS: Final = 32
+AT_ONCE: Final = 10
+"""Answers of one request; the guard's limit for `n` is 16."""
+
 START_S: Final = 300.0
 
 
@@ -69,13 +72,19 @@ class Endpoint:
         return found
 
     def _one(self, question: str, how: Answers) -> list[str]:
-        options: dict[str, Any] = {} if how.seed is None else {"seed": how.seed}
+        found: list[str] = []
+        while len(found) < how.count:
+            found += self._some(question, how, min(AT_ONCE, how.count - len(found)), len(found))
+        return found
+
+    def _some(self, question: str, how: Answers, count: int, drawn: int) -> list[str]:
+        options: dict[str, Any] = {} if how.seed is None else {"seed": how.seed + drawn}
         answer = self.client.chat.completions.create(
             model=self.model,
             messages=messages(question, self.system),  # type: ignore[arg-type]
             max_tokens=how.max_tokens,
             temperature=how.temperature,
-            n=how.count,
+            n=count,
             **options,
         )
         return [choice.message.content or "" for choice in answer.choices]
