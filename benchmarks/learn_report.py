@@ -64,8 +64,7 @@ def draw_search(out: Path, trials: Sequence[Trial]) -> None:
 def describe(spec: CorruptionSpec) -> str:
     """Return a corruption in a few words."""
     words = [f"{spec.method} dims {spec.dims} strength {spec.strength:.4g} {spec.span_policy}"]
-    frame = getattr(spec, "frame", 0.0)
-    return " ".join([*words, f"frame {frame:.4g}"]) if frame else words[0]
+    return " ".join([*words, f"frame {spec.frame:.4g}"]) if spec.frame else words[0]
 
 
 def _figures(

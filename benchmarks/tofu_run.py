@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,7 +37,6 @@ from guard.prompts import ModelPrompts
 from guard.types import Progress, TokenScores
 
 if TYPE_CHECKING:
-    from server.engines.embedded.batch import BatchEngine
     from server.engines.embedded.model import EmbeddedModel
 
 MODEL_NAME: Final = "tofu"
@@ -252,15 +251,7 @@ def _opened(plan: Plan, name: str, route: str) -> Iterator[tuple[System, Endpoin
         guard = guard_with(plan, weights, plan.specs.get(name.removeprefix("full + ")))
     told = _prompt_baseline(plan.data) if route == "prompt" else None
     with served(engine, guard, MODEL_NAME) as endpoint:
-        model = _model_of(engine)
-        yield (
-            System(name, route, model, guard, told),
-            replace(endpoint, system=told),
-        )
-
-
-def _model_of(engine: BatchEngine) -> EmbeddedModel:
-    return engine.model
+        yield System(name, route, engine.model, guard, told), replace(endpoint, system=told)
 
 
 def guard_with(plan: Plan, weights: Path, spec: CorruptionSpec | None) -> Guard:
@@ -334,13 +325,8 @@ def leaks(answer: str, row: Question) -> bool:
 def _flagged(system: System, rows: Sequence[Question]) -> float:
     if system.guard is None:
         return 0.0
-    bare = replace_guard(system)
-    return sum(system.body(row.text) != bare(row.text) for row in rows) / len(rows)
-
-
-def replace_guard(system: System) -> Callable[[str], bytes]:
-    """Return what makes the request's body without the guard."""
-    return replace(system, guard=None).body
+    bare = replace(system, guard=None)
+    return sum(system.body(row.text) != bare.body(row.text) for row in rows) / len(rows)
 
 
 _BASES: dict[Path, EmbeddedModel] = {}

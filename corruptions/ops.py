@@ -32,12 +32,14 @@ class Marked:
         runs: Lengths of the stretches of neighbouring marked tokens, in order; sums to `marked`.
         draws: Source of randomness.
         bank: Embeddings of generic text, shape (bank tokens, hidden); for `mix-generic` alone.
+        others: The clean embeddings of the other tokens, shape (tokens - marked, hidden).
     """
 
     rows: FloatArray
     runs: tuple[int, ...]
     draws: Draws
     bank: FloatArray | None
+    others: FloatArray
 
 
 CorruptionFn = Callable[[Marked, CorruptionSpec], FloatArray]
@@ -79,7 +81,9 @@ def corrupt(
     _check_shapes(embeddings, positions, spec, bank)
     result = np.array(embeddings, dtype=np.float32)
     if positions.any():
-        marked = Marked(result[positions], _run_lengths(positions), Draws(seed), bank)
+        marked = Marked(
+            result[positions], _run_lengths(positions), Draws(seed), bank, result[~positions]
+        )
         result[positions] = method(marked, spec)
     if frame is not None and spec.frame > 0:
         _blur(result, frame & ~positions, spec.frame, Draws(seed + b"/frame"))
@@ -292,7 +296,9 @@ def _generic_rows(marked: Marked, bank: FloatArray) -> FloatArray:
     one_each = any(len(part) == 1 for part in others)
     texts = [part for part in others if len(part) > 1]
     starts: dict[bytes, int] = {}
-    taken: set[bytes] = set()
+    # A name that the text itself holds would be taken for the entity in the answer.
+    near = np.isin(names[:, 0], marked.others[:, 0])
+    taken = {row.tobytes() for row in names[near] if (marked.others == row).all(axis=1).any()}
     rows: list[FloatArray] = []
     place = 0
     for run, draw in zip(marked.runs, marked.draws.words(len(marked.runs)), strict=True):

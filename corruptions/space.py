@@ -1,14 +1,14 @@
 """What the offline learner searches: points of named values, and the corruptions they stand for.
 
 Useful strengths span eight decades (METHODS: ECO uses 1 to 1e6), so scales are searched by their
-logarithm. A field that the spec doesn't have yet, such as `frame`, is left out of the space.
+logarithm.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, get_args
 
 from corruptions.ops import CORRUPTIONS
@@ -100,9 +100,8 @@ class Space:
             found["method"] = Choice(self.methods or tuple(sorted(CORRUPTIONS)))
             found["log_dims"] = Real(0.0, math.log10(self.hidden))
             found["span_policy"] = Choice(get_args(SpanPolicy))
-            if _has_frame():
-                found["frame"] = Choice(("off", "on"))
-                found["log_frame"] = Real(*LOG_FRAME)
+            found["frame"] = Choice(("off", "on"))
+            found["log_frame"] = Real(*LOG_FRAME)
         return found
 
     def spec(self, point: Point) -> CorruptionSpec:
@@ -134,18 +133,23 @@ class Space:
         return (self._joint_anchors() if self.joint else points)[:count]
 
     def _joint_anchors(self) -> list[Point]:
-        frame = {"frame": "off", "log_frame": 0.0} if _has_frame() else {}
+        blurred = self.base.frame > 0
+        log = math.log10(self.base.frame / self.rms) if blurred else 0.0
+        frame: dict[str, Any] = {
+            "frame": "on" if blurred else "off",
+            "log_frame": min(max(log, LOG_FRAME[0]), LOG_FRAME[1]),
+        }
         starts = [start for start in _STARTS if start[0] in self._methods]
         starts = starts or [(name, 1.0, 0.3, "entity") for name in self._methods]
         return [
             {
-                "log_strength": log,
+                "log_strength": strength,
                 "method": method,
                 "log_dims": share * math.log10(self.hidden),
                 "span_policy": policy,
                 **frame,
             }
-            for method, share, log, policy in starts
+            for method, share, strength, policy in starts
         ]
 
     @property
@@ -175,7 +179,3 @@ _STARTS: Final[Sequence[tuple[str, float, float, str]]] = (
 )
 """Method, log10 dims as a share of log10 hidden, log10 strength, span policy: one of each kind that
 docs/corruptions.md found to forget, and ECO's own setting."""
-
-
-def _has_frame() -> bool:
-    return any(one.name == "frame" for one in fields(CorruptionSpec))

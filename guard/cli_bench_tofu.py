@@ -195,7 +195,7 @@ def _plot(pair: Pair, out: Path) -> bool:
     "specs",
     multiple=True,
     metavar="NAME=FILE",
-    help="Another corruption to measure, as JSON; `report.json` of `learn corruption` holds one.",
+    help="Another corruption to measure: a JSON file with the fields of a spec.",
 )
 @click.option("--questions", type=click.IntRange(1), help="Forget questions, and others [60].")
 @click.option("--utility", type=click.IntRange(1), help="Questions to be kept, a kind [30].")
@@ -283,7 +283,7 @@ def _run_settings(leak: str, full: bool, seed: int, options: dict[str, Any]) -> 
 
 
 def _spec(text: str) -> tuple[str, CorruptionSpec]:
-    """Read `NAME=FILE`: a spec, or the report of a learner that holds one."""
+    """Read `NAME=FILE`: the fields of a spec."""
     import json
 
     from corruptions.spec import CorruptionSpec
@@ -298,7 +298,7 @@ def _spec(text: str) -> tuple[str, CorruptionSpec]:
         raise DataError(f"can't be read: {error}", file=file) from error
     if not isinstance(values, dict):
         raise DataError("holds no corruption spec", file=file)
-    return name, CorruptionSpec.from_dict(values.get("spec", values))
+    return name, CorruptionSpec.from_dict(values)
 
 
 def _show_closeness(rows: Sequence[Row]) -> None:

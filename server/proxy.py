@@ -231,7 +231,10 @@ class _Exchange:
             raise ApiErrorRaised(content_refused())
         rewritten = await self.proxy.workers.run(self.proxy.guard.rewrite, inspection)
         response = await self._post(rewritten.body)
-        return restored(response, rewritten.stand_ins) if response.status < 300 else response
+        if response.status >= 300:
+            return response
+        async with asyncio.timeout(self.options.idle_timeout_s):
+            return await restored(response, rewritten.stand_ins)
 
     async def _record(self, inspection: Inspection) -> None:
         try:

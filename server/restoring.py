@@ -6,7 +6,7 @@ back leaves its event with less text or none, and goes out with a later event of
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -20,8 +20,11 @@ _TEXTS: Final = ("content", "reasoning_content", "reasoning", "refusal")
 _EVENT_END: Final = b"\n\n"
 
 
-def restored(response: EngineResponse, stand_ins: Sequence[StandIn]) -> EngineResponse:
-    """Wrap an answer so that it names whom the client asked about.
+async def restored(response: EngineResponse, stand_ins: Sequence[StandIn]) -> EngineResponse:
+    """Make an answer name whom the client asked about.
+
+    A whole answer keeps its `content-length`: without one, its headers would tell that it was
+    flagged.
 
     Args:
         response: A 2xx answer in the form of chat or text completions.
@@ -33,24 +36,30 @@ def restored(response: EngineResponse, stand_ins: Sequence[StandIn]) -> EngineRe
         name.lower() == "content-type" and value.startswith("text/event-stream")
         for name, value in response.headers
     )
-    headers = [line for line in response.headers if line[0].lower() != "content-length"]
     if streamed:
-        return EngineResponse(response.status, headers, _events(response, stand_ins))
-    return EngineResponse(response.status, headers, _whole(response, stand_ins))
-
-
-async def _whole(
-    response: EngineResponse, stand_ins: Sequence[StandIn]
-) -> AsyncGenerator[bytes, None]:
+        return EngineResponse(response.status, response.headers, _events(response, stand_ins))
     try:
-        answer = msgspec.json.decode(await response.read())
+        body = _whole(await response.read(), stand_ins)
     finally:
         await response.aclose()
+    headers = [
+        (name, str(len(body)) if name.lower() == "content-length" else value)
+        for name, value in response.headers
+    ]
+    return EngineResponse(response.status, headers, _once(body))
+
+
+async def _once(body: bytes) -> AsyncGenerator[bytes, None]:
+    yield body
+
+
+def _whole(body: bytes, stand_ins: Sequence[StandIn]) -> bytes:
+    answer = msgspec.json.decode(body)
     for choice in answer.get("choices", ()):
         restorer = NameRestorer(stand_ins)
         _each_text(choice, partial(_put_back, restorer))
         _tokens(choice.get("logprobs"), restorer)
-    yield msgspec.json.encode(answer)
+    return msgspec.json.encode(answer)
 
 
 async def _events(
@@ -59,7 +68,7 @@ async def _events(
     stream = _Stream(stand_ins)
     rest = b""
     try:
-        async for chunk in _closing(response):
+        async for chunk in response.chunks:
             *events, rest = (rest + chunk).replace(b"\r\n", b"\n").split(_EVENT_END)
             for event in events:
                 yield stream.event(event) + _EVENT_END
@@ -67,11 +76,6 @@ async def _events(
         await response.aclose()
     if rest:
         yield stream.event(rest)
-
-
-async def _closing(response: EngineResponse) -> AsyncIterator[bytes]:
-    async for chunk in response.chunks:
-        yield chunk
 
 
 def _put_back(restorer: NameRestorer, _field: str, text: str) -> str:

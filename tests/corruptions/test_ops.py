@@ -379,3 +379,18 @@ def test_names_of_one_text_share_no_word() -> None:
         )
         words = [row.tobytes() for row in far[positions]]
         assert len(set(words)) == len(words)
+
+
+def test_a_name_that_the_text_holds_is_not_given_to_the_entity() -> None:
+    embeddings, _ = world(5)
+    positions = np.array([True, True, False, False, False])
+    names = bank()[:12]
+    for seed in range(20):
+        free = corrupt(
+            embeddings, positions, spec("mix-generic", strength=1e6), b"%d" % seed, bank()
+        )
+        held = embeddings.copy()
+        held[3] = free[0]
+        far = corrupt(held, positions, spec("mix-generic", strength=1e6), b"%d" % seed, bank())
+        assert far[0].tobytes() != free[0].tobytes()
+        assert far[0].tobytes() in {row.tobytes() for row in names}

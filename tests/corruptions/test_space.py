@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import replace
 
 import pytest
 
@@ -40,13 +40,13 @@ def test_what_a_method_ignores_makes_no_other_corruption(method: str) -> None:
     assert (other == weak) == (method == "shuffle")
 
 
-def test_the_frame_is_searched_where_the_spec_has_one() -> None:
-    has = "frame" in {one.name for one in fields(CorruptionSpec)}
-    assert ("frame" in JOINT.variables) == has
-    if has:
-        point = {**JOINT.anchors(30)[0], "frame": "on", "log_frame": 1.0}
-        assert JOINT.spec(point).frame == pytest.approx(1.0)
-        assert JOINT.spec({**point, "frame": "off"}).frame == 0.0
+def test_the_frame_is_searched_from_the_one_that_is_served() -> None:
+    point = {**JOINT.anchors(30)[0], "frame": "on", "log_frame": 1.0}
+    assert JOINT.spec(point).frame == pytest.approx(1.0)
+    assert JOINT.spec({**point, "frame": "off"}).frame == 0.0
+    assert JOINT.spec(JOINT.anchors(30)[0]).frame == BASE.frame == 0.0
+    blurred = replace(JOINT, base=replace(BASE, frame=0.085))
+    assert blurred.spec(blurred.anchors(30)[0]).frame == pytest.approx(0.085)
 
 
 @pytest.mark.parametrize("joint", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
+from guard.prompts import ModelPrompts
+from server.engines.base import Engine
 from server.engines.embedded.packaged import GEMMA3
+from server.selfcheck import self_check
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 LINE_ENDS = tuple("\n" * n for n in range(1, 4))
@@ -25,6 +29,21 @@ _TEXT = (
     "What did you just read? Answer in one sentence. Name three rivers in Europe and a number.",
     "größer als der Rhein — the three primary colours are red, yellow and blue. 0123456789",
 )
+
+
+def require_self_check(engine: Engine, prompts: ModelPrompts) -> None:
+    """Let the engine pass the self-check; Gemma's template has no tool role."""
+
+    async def check() -> Any:
+        await engine.start()
+        try:
+            return await self_check(engine, prompts)
+        finally:
+            await engine.close()
+
+    report = asyncio.run(check())
+    report.require()
+    assert report.roles == {"system": "passed", "assistant": "passed", "tool": "refused"}
 
 
 def gemma_tokenizer() -> Tokenizer:

@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from guard.errors import EngineUnavailableError
+from guard.rewrite import StandIn
 from server.app import create_app
 from server.types import Readiness, ServerOptions
 from tests.server.proxy_fakes import (
@@ -164,6 +165,15 @@ def test_other_errors_of_the_engine_are_relayed_alike() -> None:
         assert plain.status_code == flagged.status_code == 400
         assert plain.content == flagged.content == message
         assert set(plain.headers) == set(flagged.headers)
+
+
+def test_an_answer_with_a_name_put_back_has_the_headers_of_any_other(app: Live) -> None:
+    app.guard.stand_ins = (StandIn(("Hello",), "Xin Lee Williams"),)
+    plain, flagged = app.ask("hello"), app.ask("a wizard")
+    assert plain.json()["choices"][0]["message"]["content"] == "Hello"
+    assert flagged.json()["choices"][0]["message"]["content"] == "Xin Lee Williams"
+    assert set(plain.headers) == set(flagged.headers)
+    assert int(flagged.headers["content-length"]) == len(flagged.content)
 
 
 # --- When the guard fails ------------------------------------------------------------------------

@@ -23,8 +23,14 @@ from guard.types import EmbedsPart, Message, SamplingParams
 from server.engines.embedded import EmbeddedEngine, EmbeddedModel
 from server.engines.embedded.packaged import GEMMA3, PACKAGED, PackagedModel, packaged_model
 from server.engines.embedded.prepare import find_fault, prepare_model, sha256_of
-from server.selfcheck import self_check
-from tests.server.gemma_files import HIDDEN, TURN_END, gemma_network, write_gemma, write_gguf
+from tests.server.gemma_files import (
+    HIDDEN,
+    TURN_END,
+    gemma_network,
+    require_self_check,
+    write_gemma,
+    write_gguf,
+)
 
 SYSTEM = {"role": "system", "content": "Tell me about the lighthouse."}
 TEXTS = (
@@ -91,17 +97,7 @@ def test_the_embedded_engine_reads_the_guards_rows_as_its_own(
 def test_the_self_check_passes_and_the_template_has_no_tool_role(
     directory: Path, prompts: ModelPrompts
 ) -> None:
-    async def check() -> Any:
-        engine = EmbeddedEngine(directory)
-        await engine.start()
-        try:
-            return await self_check(engine, prompts)
-        finally:
-            await engine.close()
-
-    report = asyncio.run(check())
-    report.require()
-    assert report.roles == {"system": "passed", "assistant": "passed", "tool": "refused"}
+    require_self_check(EmbeddedEngine(directory), prompts)
 
 
 # --- Tokens and turns ----------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from itertools import pairwise
@@ -20,8 +19,8 @@ from server.engines.embedded import EmbeddedEngine, EmbeddedModel
 from server.engines.embedded.packaged import GEMMA3
 from server.engines.embedded.prepare import prepare_model
 from server.engines.embedded.steps import Sampling
-from server.selfcheck import self_check
 from tests.product import Recorder, ask, recording, run_command, running, small_benign
+from tests.server.gemma_files import require_self_check
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -119,17 +118,7 @@ def test_clean_embeddings_are_answered_as_their_text(
 
 
 def test_the_self_check_passes(gemma_dir: Path, prompts: ModelPrompts) -> None:
-    async def check() -> Any:
-        engine = EmbeddedEngine(gemma_dir)
-        await engine.start()
-        try:
-            return await self_check(engine, prompts)
-        finally:
-            await engine.close()
-
-    report = asyncio.run(check())
-    report.require()
-    assert report.roles == {"system": "passed", "assistant": "passed", "tool": "refused"}
+    require_self_check(EmbeddedEngine(gemma_dir), prompts)
 
 
 # --- Detector and corruption ---------------------------------------------------------------------

@@ -15,7 +15,7 @@ from guard.prompts import ModelPrompts
 from server.engines.embedded.packaged import GEMMA3
 from server.engines.embedded.prepare import prepare_model
 from server.engines.vllm import VllmEngine
-from server.selfcheck import self_check
+from tests.server.gemma_files import require_self_check
 from tests.vllm.conftest import SERVED_NAME, started_vllm
 
 pytestmark = pytest.mark.slow
@@ -104,14 +104,4 @@ def test_raw_rows_of_the_table_are_not_what_vllm_reads(
 
 
 def test_the_self_check_passes(gemma_url: str, prompts: ModelPrompts) -> None:
-    async def check() -> Any:
-        engine = VllmEngine(gemma_url)
-        await engine.start()
-        try:
-            return await self_check(engine, prompts)
-        finally:
-            await engine.close()
-
-    report = asyncio.run(check())
-    report.require()
-    assert report.roles == {"system": "passed", "assistant": "passed", "tool": "refused"}
+    require_self_check(VllmEngine(gemma_url), prompts)
