@@ -102,12 +102,14 @@ def _generic_prompts(
     bank = load_bank(bundle)
     assert bank is not None
     found: list[Prompt] = []
+    prompters: dict[str, Prompter] = {}
     for row in rows:
         decision = guard.inspect(CHAT, System("", "none", system.model).body(row.text)).decision
         if not decision.targets:
             found.append(unrelated_prompt(row.text))
             continue
         name = decision.targets[0].name
-        prompter = Prompter(name, guard.detector, guard.prompts, key, bank)
-        found.append(prompter.generic_prompt(row.text))
+        if name not in prompters:
+            prompters[name] = Prompter(name, guard.detector, guard.prompts, key, bank)
+        found.append(prompters[name].generic_prompt(row.text))
     return found

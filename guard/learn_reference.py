@@ -22,7 +22,6 @@ from corruptions.evaluate import (
     judge_speech,
     known_names,
 )
-from corruptions.objective import unrelated_prompt
 from corruptions.objectives import Example, Heard, Measure, Values, chance, distance
 from corruptions.spec import CorruptionSpec
 from corruptions.trace import Record, Trace
@@ -134,12 +133,7 @@ class Comparison:
 
     def _generic(self, rows: Sequence[Example]) -> list[Prompt]:
         """Ask about somebody else; where the question names nobody, ask something else."""
-        found = []
-        for one in rows:
-            prompt = self.prompters[0].generic_prompt(one.question)
-            unchanged = prompt[0].content == one.question
-            found.append(unrelated_prompt(one.question) if unchanged else prompt)
-        return found
+        return [self.prompters[0].generic_prompt(one.question) for one in rows]
 
     def _corrupted(self, question: str, spec: CorruptionSpec, draw: int) -> Prompt:
         return self.prompters[draw].prompt(question, spec)

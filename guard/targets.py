@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -296,6 +296,7 @@ class Prompter:
         prompts: The served model's files.
         key: Seeds the noise.
         bank: Generic embeddings, for corruptions that need them.
+        words: The words of the bank's names.
     """
 
     name: str
@@ -303,6 +304,10 @@ class Prompter:
     prompts: ModelPrompts
     key: GuardKey
     bank: FloatArray
+    words: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "words", names_of(self.prompts))
 
     def prompt(self, question: str, spec: CorruptionSpec) -> Prompt:
         """Return the question as one user message of corrupted embeddings."""
@@ -312,7 +317,7 @@ class Prompter:
         """Return the same, and the names that stand in it for asked ones."""
         spans = self._entities(question) if spec.span_policy == "entity" else ()
         corruption = Corruption(
-            corrupter=make_corrupter({"spec": spec.to_dict()}, self.bank, names_of(self.prompts)),
+            corrupter=make_corrupter({"spec": spec.to_dict()}, self.bank, self.words),
             spans=spans or (all_but_final_mark(question),),
             seed=noise_seed(self.key, self.name, question),
         )
@@ -322,6 +327,8 @@ class Prompter:
 
     def generic_prompt(self, question: str) -> Prompt:
         """Return the question about a generic entity: the frame of the retained value's surrogate.
+
+        A question that names nobody becomes an unrelated one.
 
         ECO (arXiv 2406.07933) takes a surrogate where no retained model exists.
         """
