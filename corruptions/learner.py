@@ -40,6 +40,12 @@ class Trial:
     train: Figures
     validation: Figures | None = None
 
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """What is below the fluency floor, on either part of the rows."""
+        both = [*self.train.broken, *(self.validation.broken if self.validation else ())]
+        return tuple(dict.fromkeys(both))
+
 
 def search(
     space: Space,
@@ -122,9 +128,10 @@ def validate(
     return sorted(found, key=_validation_loss)
 
 
-def _validation_loss(trial: Trial) -> tuple[float, float, int]:
+def _validation_loss(trial: Trial) -> tuple[bool, float, float, int]:
+    """Order finalists: what breaks the floor on either part of the rows comes last."""
     loss = trial.validation.loss if trial.validation is not None else trial.train.loss
-    return loss, trial.train.loss, trial.number
+    return bool(trial.broken), loss, trial.train.loss, trial.number
 
 
 def _evaluate(

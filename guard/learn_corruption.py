@@ -102,10 +102,11 @@ class LearnResult:
             notes.append(_UNKNOWN)
         elif best.spec == self.before:
             notes.append("nothing better than the bundle's corruption was found; it stays")
-        broken = [*best.train.broken, *(best.validation.broken if best.validation else ())]
-        if broken:
-            names = ", ".join(dict.fromkeys(broken))
-            notes.append(f"the best corruption's answers are below the floor: {names}")
+        if best.broken:
+            notes.append(
+                f"every finalist's answers are below the fluency floor ({', '.join(best.broken)}); "
+                "the bundle stays as it is: give more --sample or --budget, or another --method"
+            )
         if self.skipped:
             notes.append(f"{self.skipped} forget rows can't be measured by {self.objective}")
         if "validation" not in self.rows:
@@ -175,7 +176,8 @@ def learn_corruption(
     work = _open(request, bundle, entry, key, prompts, engines, retained, threads)
     pool = EnginePool([(one.name, one.engine) for one in engines], note)
     result = _search(work, pool, progress)
-    if request.apply and result.knows and result.best.spec != entry_spec(entry):
+    better = result.knows and not result.best.broken
+    if request.apply and better and result.best.spec != entry_spec(entry):
         result = replace(result, version=_write(result, entry, store))
         if ledger is not None:
             change = {"target": result.target, "bundle_version": result.version}

@@ -134,6 +134,25 @@ def test_held_out_rows_choose(tmp_path: Path) -> None:
     assert validate(trials, None, pool, trace, lambda *_: None)[0] == by_train
 
 
+def test_below_the_floor_on_either_part_comes_last(tmp_path: Path) -> None:
+    """The best on the train rows babbles on the validation rows alone."""
+    trace = Trace(tmp_path / "log", IDENTITY)
+    pool = EnginePool([("one", Formula())], print)
+    optimiser = make_optimiser("eco-zo", SPACE, BUDGET, 0, 1)
+    trials = search(SPACE, optimiser, judge(), pool, trace, BUDGET, lambda *_: None)
+    best = min(trials, key=lambda one: one.train.loss)
+    babble = "a b c d " * 8
+    worse = Formula(
+        speak=lambda log: babble if log == pytest.approx(log_of_trial(best)) else "Yes."
+    )
+    finalists = validate(
+        trials, judge(), EnginePool([("two", worse)], print), trace, lambda *_: None
+    )
+    last = finalists[-1]
+    assert last.spec == best.spec and last.broken
+    assert not last.train.broken and not finalists[0].broken
+
+
 def log_of_trial(trial: Trial) -> float:
     import math
 

@@ -90,7 +90,7 @@ def test_interrupted_it_resumes_and_writes_the_bundle(
     request_: LearnRequest, store: BundleStore, prompts: ModelPrompts, model: EmbeddedModel
 ) -> None:
     with store.transaction() as draft:  # a corruption that is easy to beat: none
-        draft.manifest.targets[TARGET].corruption["spec"]["strength"] = 0.0
+        draft.manifest.targets[TARGET].corruption["spec"] |= {"strength": 0.0, "frame": 0.0}
     request = replace(request_, methods=("random-noise-first-n",))
     whole = learn(replace(request, out=request.out / "whole", apply=False), store, prompts, model)
     assert whole.version is None
