@@ -63,9 +63,10 @@ def prompts(smollm2_dir: Path) -> ModelPrompts:
 @pytest.fixture(scope="session")
 def guard_key() -> GuardKey:
     """A key for the whole session; the same in every one, since noise is drawn from it."""
-    from guard.keys import KEY_BYTES, GuardKey
+    from guard.keys import GuardKey
+    from tests.product import SESSION_SECRET
 
-    return GuardKey(bytes(range(KEY_BYTES)))
+    return GuardKey(SESSION_SECRET)
 
 
 @pytest.fixture(scope="session")

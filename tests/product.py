@@ -6,6 +6,7 @@ against vLLM share it.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -77,12 +78,24 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
     raise RuntimeError(f"not ready after {READY_WITHIN_S:g} s:\n{log.read_text()}")
 
 
+SESSION_SECRET = bytes(range(32))
+"""The key of all fixtures: noise, and so answers, are the same in every run of the suite."""
+
+
 @pytest.fixture(scope="session")
 def example_bundle(
-    tmp_path_factory: pytest.TempPathFactory, example_dir: Path, smollm2_dir: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    example_dir: Path,
+    smollm2_dir: Path,
 ) -> Path:
-    """The example target, fitted by the command that `make run` uses."""
+    """The example target, fitted by the command that `make run` uses.
+
+    Its key is that of the session: noise is drawn from it, and answers with it.
+    """
     bundle = tmp_path_factory.mktemp("bundles") / "example"
+    key = bundle.with_name("example.key")
+    key.write_bytes(base64.b64encode(SESSION_SECRET))
+    key.chmod(0o600)
     done = run_command(
         "target", "add", "harry-potter",
         "--forget", str(example_dir / "forget.jsonl"),
