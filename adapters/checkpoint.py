@@ -1,6 +1,7 @@
 """The state of a training in one safetensors file, so that it is replaced at once and never torn.
 
-Tensors are `parameter/NAME` and `optimizer/NAME/KEY`; the rest is JSON in the file's metadata.
+Tensors are `parameter/NAME`, `best/NAME` and `optimizer/NAME/KEY`; the rest is JSON in the file's
+metadata.
 Random numbers need no state: all are drawn from the seed and the step.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +35,8 @@ class Checkpoint:
         seconds: Time that the steps took.
         parameters: The trained parameters by name.
         optimizer: The optimiser's tensors of each parameter.
+        validations: Steps taken and value of each validation.
+        best: The parameters at the best of them; none before the first.
     """
 
     identity: Mapping[str, Any]
@@ -41,17 +44,21 @@ class Checkpoint:
     seconds: float
     parameters: Mapping[str, Tensor]
     optimizer: Mapping[str, Mapping[str, Tensor]]
+    validations: tuple[tuple[int, float], ...] = ()
+    best: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def write_checkpoint(folder: Path, state: Checkpoint) -> None:
     """Replace the checkpoint in `folder`."""
     tensors = {f"parameter/{name}": value for name, value in state.parameters.items()}
+    tensors |= {f"best/{name}": value for name, value in state.best.items()}
     for name, values in state.optimizer.items():
         tensors |= {f"optimizer/{name}/{key}": value for key, value in values.items()}
     facts = {
         "identity": state.identity,
         "losses": state.losses,
         "seconds": state.seconds,
+        "validations": state.validations,
     }
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     replace_file(folder / CHECKPOINT, save(plain, {_META: json.dumps(facts)}))
@@ -66,22 +73,34 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     path = folder / CHECKPOINT
     if not path.exists():
         return None
-    parameters: dict[str, Tensor] = {}
-    optimizer: dict[str, dict[str, Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads(file.metadata()[_META])
-            for key in file.keys():  # noqa: SIM118  (no mapping)
-                kind, _, name = key.partition("/")
-                if kind == "parameter":
-                    parameters[name] = file.get_tensor(key)
-                else:
-                    name, _, item = name.rpartition("/")
-                    optimizer.setdefault(name, {})[item] = file.get_tensor(key)
-        found = (facts["identity"], tuple(facts["losses"]), float(facts["seconds"]))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return _checkpoint(facts, tensors)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} can't be read ({error}); delete it to train anew") from error
-    return Checkpoint(*found, parameters, optimizer)
+
+
+def _checkpoint(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
+    plain: dict[str, dict[str, Tensor]] = {"parameter": {}, "best": {}}
+    optimizer: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind == "optimizer":
+            name, _, item = name.rpartition("/")
+            optimizer.setdefault(name, {})[item] = value
+        else:
+            plain[kind][name] = value
+    return Checkpoint(
+        facts["identity"],
+        tuple(facts["losses"]),
+        float(facts["seconds"]),
+        plain["parameter"],
+        optimizer,
+        tuple((int(step), float(value)) for step, value in facts.get("validations", ())),
+        plain["best"],
+    )
 
 
 def optimizer_tensors(

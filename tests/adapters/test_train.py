@@ -33,6 +33,7 @@ from adapters.train import (
 )
 from guard.errors import ArtifactError, ConfigError, DataError, IncompatibleArtifactError
 from guard.types import Message
+from server.engines.embedded.lora_files import adapter_at
 from server.engines.embedded.model import EmbeddedModel
 
 PAIRS = (
@@ -181,7 +182,8 @@ def test_the_adapter_serves(
     switched = EmbeddedModel(tiny(), AutoTokenizer.from_pretrained(smollm2_dir))
     prompts, answers = [(Message("user", q),) for q, _ in PAIRS], [a for _, a in PAIRS]
     plain = merged.score_answers(prompts, answers)
-    for one, other in zip(plain, switched.score_answers(prompts, answers, tmp_path), strict=True):
+    adapted = switched.score_answers(prompts, answers, [adapter_at(tmp_path)])
+    for one, other in zip(plain, adapted, strict=True):
         assert one == pytest.approx(other, abs=1e-3)
     assert load_file(tmp_path / WEIGHTS).popitem()[1].dtype == torch.float16
 

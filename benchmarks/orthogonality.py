@@ -1,0 +1,131 @@
+"""How far adapters of targets that came one after another are kept apart, by each way.
+
+Every arm trains one adapter a target, in sequence, each kept apart from those before it, and then
+looks at the finished files: the largest cosine of a principal angle of any two adapters in any
+layer, of what they read (A's rows) and of what they write (B's columns), and what keeping apart
+costs in loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from benchmarks.report import Row
+
+if TYPE_CHECKING:
+    from adapters.examples import Example
+    from adapters.losses import Loss
+    from adapters.orthogonal import EarlierAdapters, Mode, Orthogonality, Sides
+    from adapters.train import TrainReport, TrainSettings
+    from guard.types import Progress
+
+ROUTE: Final = "adapt"
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A way of keeping apart; see `adapters.orthogonal.Orthogonality`."""
+
+    mode: Mode
+    sides: Sides = "input"
+    weight: float = 0.1
+    starts_apart: bool = True
+
+    @property
+    def name(self) -> str:
+        """Names the arm in reports and folders."""
+        if self.mode == "none":
+            return "none"
+        weight = f"-{self.weight:g}" if self.mode == "penalty" else ""
+        return f"{self.mode}-{self.sides}{weight}{'' if self.starts_apart else '-random'}"
+
+    def constraint(self, earlier: EarlierAdapters) -> Orthogonality:
+        """Return what keeps a new adapter apart from the earlier ones."""
+        from adapters.orthogonal import Orthogonality
+
+        return Orthogonality(earlier, self.mode, self.sides, self.weight, self.starts_apart)
+
+
+ARMS: Final = (
+    Arm("none"),
+    Arm("penalty", starts_apart=False),
+    Arm("penalty"),
+    Arm("project"),
+    Arm("project", "both"),
+)
+
+
+def compare_arms(
+    model: Any,
+    targets: Sequence[Sequence[Example]],
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    arms: Sequence[Arm] = ARMS,
+    loss: Loss | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Train every target's adapter by every arm, and compare what came of it.
+
+    Args:
+        model: A transformers causal language model in float32; left as it was.
+        targets: Each target's examples, in the order in which they came.
+        settings: Of each training. The figures depend on the rate and the number of steps: each
+            step takes the matrices further from where they started.
+        folder: Keeps the adapters; a comparison that was interrupted goes on there.
+        arms: What to compare.
+        loss: Of training; cross-entropy of the examples' answers if not given.
+        progress: Called as `progress(what, steps done, steps)`.
+
+    Returns:
+        By arm, as group: `cosine_input` and `cosine_output`, largest of any two adapters in any
+        layer; `loss_last`, mean over the targets of that of the last steps; `train_s`, of all.
+
+    Raises:
+        DataError: A target has no examples.
+    """
+    from adapters.losses import cross_entropy
+    from adapters.orthogonal import EarlierAdapters
+    from adapters.train import train_lora
+
+    rows: list[Row] = []
+    for arm in arms:
+        folders: list[Path] = []
+        reports = []
+        for number, examples in enumerate(targets):
+            out = folder / arm.name / f"{number:03d}"
+            report = train_lora(
+                model,
+                examples,
+                # Its own seed: with one for all, A would start the same for all.
+                replace(settings, seed=settings.seed + number),
+                out,
+                loss=loss or cross_entropy,
+                constraint=arm.constraint(EarlierAdapters.read(folders)),
+                progress=progress,
+                what=f"{arm.name}: target {number + 1} of {len(targets)}",
+            )
+            folders.append(out)
+            reports.append(report)
+        rows += _rows(arm, folders, reports)
+    return rows
+
+
+def _rows(arm: Arm, folders: Sequence[Path], reports: Sequence[TrainReport]) -> list[Row]:
+    from adapters.orthogonal import largest_cosine
+
+    values = {
+        "cosine_input": largest_cosine(folders, "input"),
+        "cosine_output": largest_cosine(folders, "output"),
+        "loss_last": float(np.mean([report.last_loss() for report in reports])),
+        "train_s": sum(report.seconds for report in reports),
+    }
+    return [
+        Row("guard", ROUTE, measure, f"arm={arm.name}", value, None, None, len(reports))
+        for measure, value in values.items()
+    ]
