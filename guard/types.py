@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -16,8 +17,14 @@ FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
-Route = Literal["pass", "corrupt", "adapt", "refuse", "block"]
-"""What happens to a request: bytes untouched, embeddings corrupted, LoRA, template, rejected."""
+Route = Literal["pass", "corrupt", "adapt", "corrupt+adapt", "refuse", "block"]
+"""What happens to a request: untouched, embeddings corrupted, LoRA, both, refused, rejected."""
+
+TargetRoute = Literal["corrupt", "adapt", "corrupt+adapt", "refuse"]
+"""What one target's policy does to a request that touches it."""
+
+WeightPolicy = Literal["o3-paper", "o3-code", "monotone"]
+"""How a score becomes a soft weight: as O3's paper has it, as its code has it, or ours."""
 
 TargetStatus = Literal["draft", "detecting", "enforced", "revoked"]
 
@@ -143,6 +150,26 @@ class Decision:
     margin: float = float("-inf")
 
 
+# --- Adapters ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """An unlearning adapter that one request is answered with, and how strongly.
+
+    Attributes:
+        key: Names the adapter to engines: opaque to clients, another for every content.
+        path: Folder of the peft adapter.
+        rank: Columns of its matrices.
+        weight: Soft weight in (0, 1.2]; 1 is as trained.
+    """
+
+    key: str
+    path: Path
+    rank: int
+    weight: float
+
+
 # --- Prompts and engines, as learners and benchmarks see them -----------------------------------
 
 
@@ -218,10 +245,14 @@ class LearningEngine(Protocol):
         self,
         prompts: Sequence[Prompt],
         answers: Sequence[str],
-        adapter: str | None = None,
-        scale: float = 1.0,
+        adapters: Sequence[AdapterUse] = (),
     ) -> list[FloatArray]:
         """Teacher-force each answer after its prompt.
+
+        Args:
+            prompts: What is asked.
+            answers: One for each prompt.
+            adapters: What the model is changed by for these answers, all at once.
 
         Returns:
             Natural-log probability of each answer token (the end-of-turn token excluded), a

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from guard.types import AdapterUse
 
 
 @dataclass(slots=True)
@@ -63,16 +65,40 @@ class Engine(Protocol):
         """Return the public model names; LoRA adapters are not among them."""
         ...
 
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
+    async def sync_adapters(self, adapters: Sequence[AdapterUse]) -> None:
+        """Make ready the adapters that may be asked for from now on, and give up all others.
+
+        Called at the start and after every reload of the bundle. Requests that still run with an
+        adapter that was given up end as they began.
+
+        Args:
+            adapters: One for each; their weights don't count.
+
+        Raises:
+            EngineError: One can't be loaded.
+        """
+        ...
+
+    async def post(
+        self,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        adapters: Sequence[AdapterUse] = (),
+    ) -> EngineResponse:
         """Send a request and return as soon as status and headers of the answer are known.
 
         Args:
             path: E.g. `/v1/chat/completions`.
-            body: The JSON body, sent as it is.
+            body: The JSON body, sent as it is but for the model's name, where an adapter is one.
             headers: Headers for the engine.
+            adapters: What the model is to be changed by for this answer alone, most important
+                first. An engine that can't have them all at once takes the first, and says so in
+                its log and metrics.
 
         Returns:
-            The answer. A request that the engine finds wrong is an answer too, with its status.
+            The answer, under the model's name that was asked for. A request that the engine finds
+            wrong is an answer too, with its status.
 
         Raises:
             EngineBusyError: The queue is full.

@@ -36,7 +36,7 @@ from guard.errors import (
     EngineTimeoutError,
     EngineUnavailableError,
 )
-from guard.types import EmbedsPart, FloatArray, Message, Prompt, SamplingParams
+from guard.types import AdapterUse, EmbedsPart, FloatArray, Message, Prompt, SamplingParams
 from server.engines.base import EngineResponse
 from server.engines.vllm import VllmEngine, VllmTimeouts
 
@@ -158,8 +158,7 @@ class HttpLearningEngine:
         self,
         prompts: Sequence[Prompt],
         answers: Sequence[str],
-        adapter: str | None = None,
-        scale: float = 1.0,
+        adapters: Sequence[AdapterUse] = (),
     ) -> list[FloatArray]:
         """Not to be had over HTTP.
 

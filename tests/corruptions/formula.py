@@ -17,7 +17,7 @@ from corruptions.objectives import Example, measures_of
 from corruptions.ops import CORRUPTIONS
 from corruptions.space import Space
 from corruptions.spec import CorruptionSpec
-from guard.types import EmbedsPart, FloatArray, Message, Prompt, SamplingParams
+from guard.types import AdapterUse, EmbedsPart, FloatArray, Message, Prompt, SamplingParams
 
 RMS, HIDDEN, RETAINED, BEST_LOG = 0.1, 64, 0.2, 1.3
 METHODS = sorted(CORRUPTIONS)
@@ -56,8 +56,7 @@ class Formula:
         self,
         prompts: Sequence[Prompt],
         answers: Sequence[str],
-        adapter: str | None = None,
-        scale: float = 1.0,
+        adapters: Sequence[AdapterUse] = (),
     ) -> list[FloatArray]:
         if prompts[0] == NEUTRAL_PROMPT:
             nats = [9.0 if "gib" in answer else 2.0 for answer in answers]

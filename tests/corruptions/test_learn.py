@@ -21,7 +21,7 @@ from corruptions.objective import (
     is_repetitive,
     names_in,
 )
-from guard.types import EmbedsPart, FloatArray, Message, Prompt, SamplingParams
+from guard.types import AdapterUse, EmbedsPart, FloatArray, Message, Prompt, SamplingParams
 
 RMS = 0.1
 QUESTIONS = [f"question {number}" for number in range(30)]
@@ -55,8 +55,7 @@ class Formula:
         self,
         prompts: Sequence[Prompt],
         answers: Sequence[str],
-        adapter: str | None = None,
-        scale: float = 1.0,
+        adapters: Sequence[AdapterUse] = (),
     ) -> list[FloatArray]:
         if prompts[0] == NEUTRAL_PROMPT:
             return [np.array([-self.nll(answer)], np.float32) for answer in answers]

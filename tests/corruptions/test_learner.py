@@ -14,7 +14,7 @@ from corruptions.search import make_optimiser
 from corruptions.space import Space
 from corruptions.trace import Trace
 from guard.errors import ConfigError, EngineUnavailableError
-from guard.types import FloatArray, Prompt
+from guard.types import AdapterUse, FloatArray, Prompt
 from tests.corruptions.formula import BEST_LOG, JOINT, RMS, SPACE, Formula, judge, log_of
 
 IDENTITY = {"search": "test"}
@@ -78,12 +78,11 @@ class Slow(Formula):
         self,
         prompts: Sequence[Prompt],
         answers: Sequence[str],
-        adapter: str | None = None,
-        scale: float = 1.0,
+        adapters: Sequence[AdapterUse] = (),
     ) -> list[FloatArray]:
         if len(prompts[0]) and not isinstance(prompts[0][0].content, str):
             time.sleep(0.01 * max(0.0, 4 - log_of(prompts[0])))
-        return super().score_answers(prompts, answers, adapter, scale)
+        return super().score_answers(prompts, answers, adapters)
 
 
 def test_who_finishes_first_does_not_matter(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from corruptions.objectives import (
     rouge_l_recall,
 )
 from guard.errors import ConfigError
-from guard.types import FloatArray, Message, Prompt, SamplingParams
+from guard.types import AdapterUse, FloatArray, Message, Prompt, SamplingParams
 
 ROW = Example(
     "Where was Ilse born?",
@@ -44,8 +44,7 @@ class Table:
         self,
         prompts: Sequence[Prompt],
         answers: Sequence[str],
-        adapter: str | None = None,
-        scale: float = 1.0,
+        adapters: Sequence[AdapterUse] = (),
     ) -> list[FloatArray]:
         self.asked += zip(prompts, answers, strict=True)
         return [np.log(np.array(self.table.get(a, [0.5]), np.float32)) for a in answers]

@@ -1,6 +1,6 @@
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import pytest
 
@@ -8,7 +8,7 @@ from guard.chat import ask
 from guard.errors import CannotCorruptError, EngineRefusedError
 from guard.pipeline import Inspection, Rewritten
 from guard.request import parse_request
-from guard.types import Decision, Route
+from guard.types import AdapterUse, Decision, Route
 from server.engines.base import EngineResponse
 
 
@@ -49,7 +49,15 @@ class Parrot:
     async def models(self) -> list[str]:
         return ["parrot"]
 
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
+    async def sync_adapters(self, adapters: Sequence[AdapterUse]) -> None: ...
+
+    async def post(
+        self,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        adapters: Sequence[AdapterUse] = (),
+    ) -> EngineResponse:
         self.bodies.append(body)
         return EngineResponse(self.status, [], self._chunks(json.loads(body)))
 

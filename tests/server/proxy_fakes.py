@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from guard.errors import CannotCorruptError, EngineError, StageError
 from guard.pipeline import Rewritten
 from guard.request import ENDPOINTS, ParsedRequest, parse_request, replace_contents
 from guard.rewrite import StandIn
-from guard.types import Decision, TargetHit
+from guard.types import AdapterUse, Decision, TargetHit
 from server.app import create_app
 from server.engines.base import EngineResponse
 from server.run import make_server
@@ -109,6 +109,8 @@ class ScriptedEngine:
         fails: Raised instead of an answer.
         hangs: Never answers.
         posts: Path, body and headers of every request.
+        adapters: Those of every request.
+        synced: Those of every call of `sync_adapters`.
         cancelled: Set when a generation was ended before its time.
     """
 
@@ -120,6 +122,8 @@ class ScriptedEngine:
     hangs: bool = False
     unhealthy: bool = False
     posts: list[tuple[str, bytes, dict[str, str]]] = field(default_factory=list)
+    adapters: list[tuple[AdapterUse, ...]] = field(default_factory=list)
+    synced: list[tuple[AdapterUse, ...]] = field(default_factory=list)
     asked_models: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
     started: int = 0
@@ -139,8 +143,18 @@ class ScriptedEngine:
         self.asked_models += 1
         return ["m", "m2"]
 
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
+    async def sync_adapters(self, adapters: Sequence[AdapterUse]) -> None:
+        self.synced.append(tuple(adapters))
+
+    async def post(
+        self,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        adapters: Sequence[AdapterUse] = (),
+    ) -> EngineResponse:
         self.posts.append((path, body, dict(headers)))
+        self.adapters.append(tuple(adapters))
         if self.fails is not None:
             raise self.fails
         if self.hangs:

@@ -3,12 +3,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from guard.errors import EngineError
+from guard.types import AdapterUse
 from server.engines.base import EngineResponse
 from server.engines.embedded import EmbeddedEngine
 from server.engines.embedded.batch import BatchEngine
+from server.engines.embedded.lora_files import adapter_at
+from tests.server.random_lora import write_lora
 
 PATH = "/v1/chat/completions"
 
@@ -31,14 +36,15 @@ BODIES = [
 ]
 
 
-async def answers(engine: EmbeddedEngine, bodies: Sequence[bytes]) -> list[Any]:
-    async def one(raw: bytes) -> Any:
-        response: EngineResponse = await engine.post(PATH, raw, {})
-        return json.loads(await response.read())
+async def read(engine: EmbeddedEngine, raw: bytes, adapters: Sequence[AdapterUse] = ()) -> Any:
+    response: EngineResponse = await engine.post(PATH, raw, {}, adapters)
+    return json.loads(await response.read())
 
+
+async def answers(engine: EmbeddedEngine, bodies: Sequence[bytes]) -> list[Any]:
     await engine.start()
     try:
-        return list(await asyncio.gather(*map(one, bodies)))
+        return list(await asyncio.gather(*(read(engine, raw) for raw in bodies)))
     finally:
         await engine.close()
 
@@ -61,3 +67,47 @@ def test_a_bad_request_spoils_no_batch(smollm2_dir: Path) -> None:
     found = asyncio.run(answers(BatchEngine(smollm2_dir, "smollm2", threads=2), [bad, BODIES[0]]))
     assert found[0]["error"]["code"] == "context_length_exceeded"
     assert said(found[1])[0][0]
+
+
+class RecordingEngine(BatchEngine):
+    """Says how many requests each batch had."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sizes: list[int] = []
+
+    async def _answer(self, batch: Sequence[Any]) -> None:
+        self.sizes.append(len(batch))
+        await super()._answer(batch)
+
+
+def test_like_adapters_at_like_weights_run_together(smollm2_dir: Path, tmp_path: Path) -> None:
+    one = adapter_at(write_lora(tmp_path / "one", spread=0.05), 0.37)
+    two = adapter_at(write_lora(tmp_path / "two", spread=0.05, seed=1), 0.8)
+    missing = AdapterUse("missing", tmp_path / "missing", 2, 1.0)
+    uses = [(), (one,), (one, two), (one,), (), (replace(one, weight=0.9),), (two, one)]
+    bodies = [BODIES[0], BODIES[0], *BODIES[:2], BODIES[1], BODIES[0], BODIES[1]]
+    engine = RecordingEngine(smollm2_dir, "smollm2", threads=2)
+
+    async def go(together: bool) -> list[Any]:
+        posts = [read(engine, raw, used) for raw, used in zip(bodies, uses, strict=True)]
+        return list(await asyncio.gather(*posts)) if together else [await post for post in posts]
+
+    async def both() -> tuple[list[Any], list[Any]]:
+        await engine.start()
+        try:
+            refused, *found = await asyncio.gather(
+                engine.post(PATH, BODIES[0], {}, [missing]), go(True), return_exceptions=True
+            )
+            assert isinstance(refused, EngineError)
+            together, engine.sizes = engine.sizes, []
+            assert sorted(together) == [1, 2, 2, 2]
+            alone = await go(False)
+            assert engine.sizes == [1] * len(bodies)
+            return found[0], alone
+        finally:
+            await engine.close()
+
+    together, alone = asyncio.run(both())
+    assert [said(a) for a in together] == [said(a) for a in alone]
+    assert len({str(said(together[i])) for i in (0, 1, 2, 5)}) >= 3, "adapters must matter here"

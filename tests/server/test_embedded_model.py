@@ -1,4 +1,4 @@
-"""The model as learners use it, against direct computation with transformers and peft."""
+"""The model as learners use it, against direct computation with transformers."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from guard.errors import ArtifactError, IncompatibleArtifactError, RequestError
+from guard.errors import ArtifactError, RequestError
 from guard.types import EmbedsPart, FloatArray, Message, Prompt, SamplingParams
 from server.engines.embedded.model import EmbeddedModel
 from server.engines.embedded.steps import Sampling, Step
-
-# peft asks transformers for a property by its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -30,21 +26,6 @@ GREEDY = SamplingParams(max_tokens=12)
 @pytest.fixture(scope="module")
 def model(smollm2_dir: Path) -> EmbeddedModel:
     return EmbeddedModel.load(smollm2_dir, threads=2)
-
-
-@pytest.fixture(scope="module")
-def adapter(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random adapter that changes every answer."""
-    torch.manual_seed(7)
-    base = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
-    config = LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj", "down_proj"])
-    tuned = get_peft_model(base, config)
-    for name, weight in tuned.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.02)
-    directory = tmp_path_factory.mktemp("adapter")
-    tuned.save_pretrained(directory)
-    return directory
 
 
 def ask(*questions: str) -> list[Prompt]:
@@ -135,44 +116,6 @@ def test_scores_of_clean_embeddings_are_those_of_text(model: EmbeddedModel) -> N
 def test_scores_need_an_answer_per_prompt(model: EmbeddedModel) -> None:
     with pytest.raises(ValueError, match="got 2 prompts and 1 answers"):
         model.score_answers(ask("a", "b"), ["c"])
-
-
-def test_an_adapter_at_scale_one_is_pefts(
-    model: EmbeddedModel, adapter: Path, smollm2_dir: Path
-) -> None:
-    base = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
-    tuned = PeftModel.from_pretrained(base, adapter).eval()
-    answer = "The capital of France is Paris."
-    direct = direct_scores(tuned, model.tokenizer, QUESTIONS[0], answer)
-    score = model.score_answers(ask(QUESTIONS[0]), [answer], adapter=str(adapter))[0]
-    np.testing.assert_allclose(score, direct, atol=1e-3)
-    plain = model.score_answers(ask(QUESTIONS[0]), [answer])[0]
-    assert np.abs(plain - score).max() > 0.1, "the adapter must matter for this test"
-
-
-def test_an_adapter_at_scale_zero_is_the_base_to_the_bit(
-    model: EmbeddedModel, adapter: Path
-) -> None:
-    def score(**kwargs: object) -> FloatArray:
-        return model.score_answers(ask(*QUESTIONS[:2]), ["Paris.", "Yes"], **kwargs)[0]  # type: ignore[arg-type]
-
-    before = score()
-    half = score(adapter=adapter, scale=0.5)
-    full = score(adapter=adapter, scale=1.0)
-    np.testing.assert_array_equal(score(adapter=adapter, scale=0.0), before)
-    np.testing.assert_array_equal(score(), before)
-    assert len({float(values.sum()) for values in (before, half, full)}) == 3
-
-
-def test_adapters_that_cannot_be_applied_are_named(model: EmbeddedModel, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"has no adapter_model\.safetensors"):
-        model.generate(ask("x"), GREEDY, adapter=tmp_path)
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    (tmp_path / "adapter_config.json").write_text(
-        '{"peft_type": "LORA", "lora_alpha": 1, "use_dora": true}'
-    )
-    with pytest.raises(IncompatibleArtifactError, match="uses use_dora"):
-        model.generate(ask("x"), GREEDY, adapter=tmp_path)
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:

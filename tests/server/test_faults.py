@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -20,6 +20,7 @@ from guard.errors import (
     EngineTimeoutError,
     EngineUnavailableError,
 )
+from guard.types import AdapterUse
 from server.app import create_app
 from server.engines.base import EngineResponse
 from server.types import ServerOptions
@@ -191,7 +192,15 @@ class HttpEngine:
     async def models(self) -> list[str]:
         return ["m"]
 
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
+    async def sync_adapters(self, adapters: Sequence[AdapterUse]) -> None: ...
+
+    async def post(
+        self,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        adapters: Sequence[AdapterUse] = (),
+    ) -> EngineResponse:
         assert self._session is not None
         try:
             response = await self._session.post(self._url + path, data=body, headers=headers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from guard.embeds import decode_embeds_part
 from guard.errors import EngineError, SelfCheckError
 from guard.prompts import PLACEHOLDER, ModelPrompts
+from guard.types import AdapterUse
 from server.engines.base import EngineResponse
 from server.selfcheck import SelfCheckReport, self_check
 
@@ -42,7 +43,15 @@ class TokenEngine:
     async def models(self) -> list[str]:
         return ["tokens"]
 
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
+    async def sync_adapters(self, adapters: Sequence[AdapterUse]) -> None: ...
+
+    async def post(
+        self,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        adapters: Sequence[AdapterUse] = (),
+    ) -> EngineResponse:
         status, answer = self.answer(path, json.loads(body))
 
         async def chunks() -> AsyncIterator[bytes]:

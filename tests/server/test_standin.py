@@ -1,12 +1,13 @@
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import httpx
 import pytest
 
 from guard.errors import EngineBusyError, EngineUnavailableError
+from guard.types import AdapterUse
 from server.engines.base import EngineResponse
 from server.standin import create_standin
 
@@ -34,7 +35,15 @@ class Echo:
     async def models(self) -> list[str]:
         return ["echo"]
 
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
+    async def sync_adapters(self, adapters: Sequence[AdapterUse]) -> None: ...
+
+    async def post(
+        self,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        adapters: Sequence[AdapterUse] = (),
+    ) -> EngineResponse:
         if self.failure is not None:
             raise self.failure
         return EngineResponse(200, [("content-type", "application/json")], self._chunks(body))

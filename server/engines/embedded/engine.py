@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Mapping,
+    Sequence,
+)
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from guard.errors import EngineError, EngineUnavailableError, RequestError
+from guard.errors import ArtifactError, EngineError, EngineUnavailableError, RequestError
+from guard.types import AdapterUse
 from server.engines.base import EngineResponse
 from server.engines.embedded.openai_answers import DONE, Answer, error_body, error_event
 from server.engines.embedded.openai_api import Job, parse_job
@@ -19,21 +26,11 @@ from server.engines.embedded.steps import Sampling, Step
 from server.engines.embedded.worker import Generation, Worker
 
 if TYPE_CHECKING:
+    from server.engines.embedded.lora import LoadedAdapters
     from server.engines.embedded.model import EmbeddedModel
     from server.engines.embedded.prompts import EncodedPrompt
 
 log = logging.getLogger(__name__)
-
-ADAPTER_HEADER: Final = "x-unlearn-guard-adapter"
-SCALE_HEADER: Final = "x-unlearn-guard-adapter-scale"
-
-
-@dataclass(frozen=True, slots=True)
-class _Adapter:
-    """Which LoRA runs, and how strongly; no path is the base."""
-
-    path: Path | None = None
-    scale: float = 1.0
 
 
 class EmbeddedEngine:
@@ -44,8 +41,6 @@ class EmbeddedEngine:
     Args:
         model_dir: Directory of the model, or its id on the Hugging Face hub.
         served_name: Name that clients ask for; the directory's name, or the id, when None.
-        adapters: LoRA directories by name. Asking for the name selects the adapter; names are not
-            listed.
         max_queue: Requests that may wait; one more is refused as busy.
         threads: Threads of torch's CPU kernels; None leaves torch's choice.
         max_model_len: Tokens of prompt and answer at most; None is what the model was made for.
@@ -57,7 +52,6 @@ class EmbeddedEngine:
         self,
         model_dir: str | Path,
         served_name: str | None = None,
-        adapters: Mapping[str, Path] | None = None,
         max_queue: int = 16,
         threads: int | None = None,
         max_model_len: int | None = None,
@@ -65,7 +59,6 @@ class EmbeddedEngine:
         self._model_dir, self._threads = model_dir, threads
         given = Path(model_dir)
         self.served_name = served_name or (given.name if given.is_dir() else str(model_dir))
-        self._adapters = dict(adapters or {})
         self._max_queue, self._max_model_len = max_queue, max_model_len
         self._model: EmbeddedModel | None = None
         self._worker: Worker | None = None
@@ -115,25 +108,42 @@ class EmbeddedEngine:
         """Return the one public name."""
         return [self.served_name]
 
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
-        """Answer a request; see `Engine.post`.
+    async def sync_adapters(self, adapters: Sequence[AdapterUse]) -> None:
+        """Check that each adapter fits the model; see `Engine.sync_adapters`.
+
+        Their matrices are read when they are first asked for.
+
+        Raises:
+            EngineUnavailableError: The engine is not started.
+            EngineError: An adapter can't be loaded.
+        """
+        await asyncio.to_thread(_sync, self.model, tuple(adapters))
+
+    async def post(
+        self,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        adapters: Sequence[AdapterUse] = (),
+    ) -> EngineResponse:
+        """Answer a request, with all the adapters at their exact weights; see `Engine.post`.
 
         An answer that isn't streamed is generated before this returns.
 
         Raises:
             EngineBusyError: The queue is full.
             EngineUnavailableError: The engine is not started.
-            EngineError: The generation failed.
+            EngineError: The generation failed, or an adapter can't be loaded.
         """
         worker, model = self._running(), self.model
         worker.check_room()
         try:
-            job = await asyncio.to_thread(parse_job, path, body, model.vocab_size)
-            adapter = self._select(job.model, headers)
+            job = await asyncio.to_thread(self._parse, path, body)
             prompts = await asyncio.to_thread(self._encode, model, job)
         except RequestError as error:
             return json_response(error.status, error_body(error))
-        generation = worker.submit(_generator(model, job, prompts, adapter))
+        loaded = await asyncio.to_thread(load_adapters, model, adapters)
+        generation = worker.submit(_generator(model, job, prompts, loaded))
         answer = Answer(job, job.model, [len(prompt.ids) for prompt, _ in prompts])
         if job.stream:
             chunks = _Events(generation, answer)
@@ -154,28 +164,16 @@ class EmbeddedEngine:
         context = min(self._max_model_len or model.max_model_len, model.max_model_len)
         return [(prompt, job.fit(prompt, context)) for prompt in job.encode(model.encoder)]
 
-    def _select(self, model: str, headers: Mapping[str, str]) -> _Adapter:
-        """Choose the adapter by model name or by the proxy's own headers."""
-        lowered = {key.lower(): value for key, value in headers.items()}
-        name = lowered.get(ADAPTER_HEADER)
-        if model != self.served_name:
-            name = model
-        if name is None:
-            return _Adapter()
-        if name not in self._adapters:
+    def _parse(self, path: str, body: bytes) -> Job:
+        job = parse_job(path, body, self.model.vocab_size)
+        if job.model != self.served_name:
             raise RequestError(
-                f"The model `{name}` does not exist.",
+                f"The model `{job.model}` does not exist.",
                 status=404,
                 code="model_not_found",
                 param="model",
             )
-        try:
-            scale = float(lowered.get(SCALE_HEADER, "1"))
-        except ValueError:
-            raise RequestError(f"{SCALE_HEADER} must be a number") from None
-        if not math.isfinite(scale):
-            raise RequestError(f"{SCALE_HEADER} must be finite, got {scale}")
-        return _Adapter(self._adapters[name], scale)
+        return job
 
 
 class _Events:
@@ -223,20 +221,13 @@ def _generator(
     model: EmbeddedModel,
     job: Job,
     prompts: list[tuple[EncodedPrompt, Sampling]],
-    adapter: _Adapter,
+    adapters: LoadedAdapters,
 ) -> Callable[[Callable[[], bool]], Generator[Step, None, None]]:
     """Return what makes the steps of all prompts, one prompt after the other."""
 
     def generate(cancelled: Callable[[], bool]) -> Generator[Step, None, None]:
         for index, (prompt, sampling) in enumerate(prompts):
-            steps = model.stream(
-                prompt,
-                sampling,
-                job.n,
-                adapter=adapter.path,
-                scale=adapter.scale,
-                cancelled=cancelled,
-            )
+            steps = model.stream(prompt, sampling, job.n, adapters=adapters, cancelled=cancelled)
             with closing(steps):
                 for step in steps:
                     yield replace(step, row=index * job.n + step.row)
@@ -253,6 +244,37 @@ async def _whole(generation: Generation, answer: Answer) -> bytes:
         generation.cancel()
         await steps.aclose()
     return answer.body()
+
+
+def load_adapters(model: EmbeddedModel, adapters: Sequence[AdapterUse]) -> LoadedAdapters:
+    """Read the adapters of a request.
+
+    Done when the request comes and not when its turn does: by then a reload of the bundle may have
+    deleted their files.
+
+    Raises:
+        EngineError: One can't be loaded.
+    """
+    try:
+        return model.lora.load(adapters)
+    except ArtifactError as error:
+        raise _unusable(error) from error
+
+
+def _sync(model: EmbeddedModel, adapters: Sequence[AdapterUse]) -> None:
+    try:
+        for use in adapters:
+            model.lora.check(use)
+    except ArtifactError as error:
+        raise _unusable(error) from error
+    model.lora.keep_only(adapters)
+
+
+def _unusable(error: ArtifactError) -> EngineError:
+    return EngineError(
+        f"{error}; learn the adapter again for the model that is served, or give its target a "
+        "route without one"
+    )
 
 
 def json_response(status: int, body: bytes) -> EngineResponse:

@@ -1,43 +1,54 @@
-"""LoRA adapters at an exact scale, with a base model that stays bit-identical.
+"""LoRA adapters at exact weights, with a base model that stays bit-identical.
 
 Adapted weights are put in place of the base's for the time of a call and taken out again by
-reference, so that no rounding is left behind and the base runs without any extra work.
+reference, so that no rounding is left behind and the base runs without any extra work. Several
+adapters act as one whose ranks stand side by side: the sum of what each adds.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from guard.errors import ArtifactError, IncompatibleArtifactError
+from guard.errors import EngineError, IncompatibleArtifactError
+from guard.types import AdapterUse
+from server.engines.embedded.lora_files import Delta, Shape, delta_shapes, read_deltas
 
-_PREFIX: Final = "base_model.model."
-_WEIGHTS: Final = "adapter_model.safetensors"
-# Settings that change what the two matrices mean; vLLM refuses or ignores most of them as well.
-_UNSUPPORTED: Final = (
-    "use_dora",
-    "use_qalora",
-    "alora_invocation_tokens",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "lora_bias",
-)
+KEPT: Final = 16
+"""Adapters whose matrices stay in memory: a few MB each."""
+
+Deltas = Mapping[str, Delta]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedAdapters:
+    """The adapters of one call, in memory: what happens to their files doesn't matter any more.
+
+    Attributes:
+        uses: Sorted by key, since their order doesn't count; those at weight 0 left out.
+        deltas: What each adds, in the order of `uses`.
+    """
+
+    uses: tuple[AdapterUse, ...] = ()
+    deltas: tuple[Deltas, ...] = ()
+
+
+Adapters = Sequence[AdapterUse] | LoadedAdapters
 
 
 class LoraSwitch:
-    """Puts one adapter at a time onto a model.
+    """Puts adapters onto a model for the time of a block.
+
+    `load`, `check` and `keep_only` are safe in any thread; blocks of `applied` must not overlap
+    but within one another, where the innermost holds.
 
     Args:
         model: The transformers model.
@@ -45,105 +56,115 @@ class LoraSwitch:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._key: tuple[str, int, float] | None = None
-        self._merged: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, Deltas] = OrderedDict()
+        self._base: dict[str, Any] = {}
+        self._put_on: Mapping[str, Tensor] = {}
+        self._merged: tuple[tuple[AdapterUse, ...], Mapping[str, Tensor]] = ((), {})
 
     @contextmanager
-    def applied(self, path: str | Path | None, scale: float = 1.0) -> Iterator[None]:
-        """Run the block with the adapter at `path`; None or a scale of 0 is the base.
+    def applied(self, adapters: Adapters) -> Iterator[None]:
+        """Run the block with exactly these adapters; none is the base.
+
+        Raises:
+            ArtifactError: There is no readable adapter.
+            IncompatibleArtifactError: It was made for another model or isn't plain LoRA.
+            EngineError: A weight is no finite number.
+        """
+        wanted, before = self._weights(self.load(adapters)), self._put_on
+        self._put(wanted)
+        try:
+            yield
+        finally:
+            self._put(before)
+
+    def load(self, adapters: Adapters) -> LoadedAdapters:
+        """Read the adapters' matrices, those not in memory; see `applied` for what it raises."""
+        if isinstance(adapters, LoadedAdapters):
+            return adapters
+        if not all(math.isfinite(use.weight) for use in adapters):
+            raise EngineError("an adapter's weight must be a finite number")
+        uses = sorted((use for use in adapters if use.weight != 0), key=lambda use: use.key)
+        return LoadedAdapters(tuple(uses), tuple(self._deltas(use) for use in uses))
+
+    def check(self, use: AdapterUse) -> None:
+        """Return if the adapter fits the model; its matrices aren't read.
 
         Raises:
             ArtifactError: There is no readable adapter.
             IncompatibleArtifactError: It was made for another model or isn't plain LoRA.
         """
-        if path is None or scale == 0:
-            yield
-            return
-        merged = self._weights(Path(path), scale)
-        originals = {name: self._model.get_submodule(name).weight for name in merged}
-        try:
-            for name, weight in merged.items():
-                module = self._model.get_submodule(name)
-                module.weight = torch.nn.Parameter(weight, requires_grad=False)
-            yield
-        finally:
-            for name, weight in originals.items():
-                self._model.get_submodule(name).weight = weight
+        self._check(delta_shapes(use.path), use)
 
-    def _weights(self, path: Path, scale: float) -> dict[str, Tensor]:
-        """Return the adapted weights by module; the last adapter and scale stay in memory."""
-        file = path / _WEIGHTS
-        if not file.is_file():
-            raise ArtifactError(f"no LoRA adapter there: {path.name} has no {_WEIGHTS}")
-        key = (str(path), file.stat().st_mtime_ns, scale)
-        if key != self._key:
-            self._key, self._merged = None, {}
-            self._merged = self._merge(path, scale)
-            self._key = key
-        return self._merged
+    def keep_only(self, uses: Iterable[AdapterUse]) -> None:
+        """Give up the memory of all other adapters; blocks that run are left alone."""
+        keys = {use.key for use in uses}
+        with self._lock:
+            for key in self._kept.keys() - keys:
+                del self._kept[key]
+        if not keys.issuperset(use.key for use in self._merged[0]):
+            self._merged = ((), {})
+
+    def _deltas(self, use: AdapterUse) -> Deltas:
+        with self._lock:
+            found = self._kept.get(use.key)
+            if found is None:
+                found = read_deltas(use.path)
+                self._check({name: delta.shape for name, delta in found.items()}, use)
+                self._kept[use.key] = found
+            self._kept.move_to_end(use.key)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return found
+
+    def _check(self, shapes: Mapping[str, Shape], use: AdapterUse) -> None:
+        for name, shape in shapes.items():
+            try:
+                weight: Tensor = self._model.get_submodule(name).weight
+            except AttributeError:
+                raise IncompatibleArtifactError(
+                    f"adapter {use.path.name} changes {name}, which the model doesn't have"
+                ) from None
+            if shape != tuple(weight.shape):
+                raise IncompatibleArtifactError(
+                    f"adapter {use.path.name} has {shape} for {name}, the model "
+                    f"{tuple(weight.shape)}: it was made for another model"
+                )
+
+    def _put(self, wanted: Mapping[str, Tensor]) -> None:
+        """Put on these weights in place of those that are on; all others become the base's."""
+        for name in self._put_on.keys() - wanted.keys():
+            self._model.get_submodule(name).weight = self._base.pop(name)
+        for name, weight in wanted.items():
+            module = self._model.get_submodule(name)
+            self._base.setdefault(name, module.weight)
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self._put_on = wanted
+
+    def _weights(self, loaded: LoadedAdapters) -> Mapping[str, Tensor]:
+        """Return the adapted weights by module; the last ones stay in memory."""
+        if not loaded.uses:
+            return {}
+        uses, weights = self._merged
+        if uses != loaded.uses:
+            # First let go of the old ones: both at once may not fit.
+            self._merged, weights = ((), {}), {}
+            weights = self._merge(loaded)
+            self._merged = (loaded.uses, weights)
+        return weights
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _merge(self, path: Path, scale: float) -> dict[str, Tensor]:
-        config = _read_config(path)
-        merged: dict[str, Tensor] = {}
-        for name, (down, up) in _read_pairs(path).items():
-            weight = self._target(name, path)
-            rank = down.shape[0]
-            root = rank**0.5 if config.get("use_rslora") else rank
-            delta = (up.to(weight) @ down.to(weight)) * (scale * config["lora_alpha"] / root)
-            delta = delta.T if config.get("fan_in_fan_out") else delta
-            if delta.shape != weight.shape:
-                raise IncompatibleArtifactError(
-                    f"adapter {path.name} has {tuple(delta.shape)} for {name}, the model "
-                    f"{tuple(weight.shape)}: it was made for another model"
-                )
-            merged[name] = weight + delta
-        return merged
+    def _merge(self, loaded: LoadedAdapters) -> dict[str, Tensor]:
+        parts: dict[str, list[tuple[float, Delta]]] = {}
+        for use, deltas in zip(loaded.uses, loaded.deltas, strict=True):
+            for name, delta in deltas.items():
+                parts.setdefault(name, []).append((use.weight * delta.strength, delta))
+        return {name: self._sum(name, terms) for name, terms in parts.items()}
 
-    def _target(self, name: str, path: Path) -> Tensor:
-        try:
-            weight: Tensor = self._model.get_submodule(name).weight
-        except AttributeError:
-            raise IncompatibleArtifactError(
-                f"adapter {path.name} changes {name}, which the model doesn't have"
-            ) from None
-        return weight
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((path / "adapter_config.json").read_bytes())
-        kind, alpha = config["peft_type"], config["lora_alpha"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"the adapter_config.json of {path.name} is unusable: {error}"
-        ) from None
-    if kind != "LORA" or not isinstance(alpha, int | float):
-        raise IncompatibleArtifactError(f"{path.name} is a {kind} adapter; only LORA is supported")
-    used = [name for name in _UNSUPPORTED if config.get(name)]
-    used += ["bias"] if config.get("bias", "none") != "none" else []
-    if used:
-        raise IncompatibleArtifactError(
-            f"adapter {path.name} uses {', '.join(used)}; only plain LoRA matrices are supported"
-        )
-    return config
-
-
-def _read_pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the two matrices of each module, by the module's name in the model."""
-    try:
-        tensors = load_file(path / _WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{_WEIGHTS} of {path.name} can't be read: {error}") from None
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for key in tensors:
-        name, _, matrix = key.removeprefix(_PREFIX).partition(".lora_")
-        if matrix not in ("A.weight", "B.weight"):
-            raise IncompatibleArtifactError(f"adapter {path.name} has an unknown tensor {key}")
-        other = f"{_PREFIX}{name}.lora_B.weight"
-        if matrix == "A.weight" and other not in tensors:
-            raise ArtifactError(f"adapter {path.name} lacks {other}")
-        if matrix == "A.weight":
-            pairs[name] = (tensors[key], tensors[other])
-    return pairs
+    def _sum(self, name: str, terms: Sequence[tuple[float, Delta]]) -> Tensor:
+        """Return the base's weight and all that is added to it, in one product."""
+        weight: Tensor = self._base.get(name, self._model.get_submodule(name).weight)
+        left = torch.cat([delta.left.to(weight) * factor for factor, delta in terms], dim=1)
+        right = torch.cat([delta.right.to(weight) for _, delta in terms])
+        return torch.addmm(weight, left, right)

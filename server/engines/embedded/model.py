@@ -15,7 +15,7 @@ from torch import Tensor
 from guard.errors import ArtifactError
 from guard.types import FloatArray, Prompt, SamplingParams, TokenScores
 from server.engines.embedded.decode import Network, decode
-from server.engines.embedded.lora import LoraSwitch
+from server.engines.embedded.lora import Adapters, LoraSwitch
 from server.engines.embedded.prompts import EncodedPrompt, PromptEncoder
 from server.engines.embedded.sampling import Row
 from server.engines.embedded.steps import Sampling, Step
@@ -40,6 +40,9 @@ class EmbeddedModel:
     Args:
         model: The transformers model.
         tokenizer: Its tokenizer.
+
+    Attributes:
+        lora: What puts adapters onto the model.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -52,7 +55,7 @@ class EmbeddedModel:
         self.eos_ids = _eos_ids(model, tokenizer)
         self.encoder = PromptEncoder(tokenizer, self._embed, self.hidden_size, self.vocab_size)
         self._network = Network(model)
-        self._lora = LoraSwitch(model)
+        self.lora = LoraSwitch(model)
         self._lock = threading.RLock()
 
     @classmethod
@@ -92,8 +95,7 @@ class EmbeddedModel:
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams,
-        adapter: str | Path | None = None,
-        scale: float = 1.0,
+        adapters: Adapters = (),
     ) -> list[str]:
         """Answer each prompt; prompts of like length run together.
 
@@ -101,14 +103,13 @@ class EmbeddedModel:
             prompts: Chat prompts; a message's content may be embeddings.
             params: How to draw. With a seed, each prompt draws from the same stream, whatever
                 stands beside it.
-            adapter: Directory of a LoRA adapter, or None for the base.
-            scale: The adapter's strength; 1 is as trained, 0 the base.
+            adapters: What the model is changed by for these answers; none is the base.
 
         Returns:
             The answers, in the order of the prompts, without end-of-turn token and stop string.
         """
         texts = [""] * len(prompts)
-        with self._lock, self._lora.applied(adapter, scale):
+        with self._lock, self.lora.applied(adapters):
             encoded = self._encode(prompts)
             sampling = Sampling.from_params(params)
             for batch in _batches([len(e.ids) + params.max_tokens for e in encoded]):
@@ -122,8 +123,7 @@ class EmbeddedModel:
         self,
         prompts: Sequence[Prompt],
         answers: Sequence[str],
-        adapter: str | Path | None = None,
-        scale: float = 1.0,
+        adapters: Adapters = (),
     ) -> list[FloatArray]:
         """Teacher-force each answer after its prompt; see `guard.types.LearningEngine`.
 
@@ -132,14 +132,13 @@ class EmbeddedModel:
         Raises:
             ValueError: There are not as many answers as prompts.
         """
-        return [found.logprobs for found in self.score_tokens(prompts, answers, adapter, scale)]
+        return [found.logprobs for found in self.score_tokens(prompts, answers, adapters)]
 
     def score_tokens(
         self,
         prompts: Sequence[Prompt],
         answers: Sequence[str],
-        adapter: str | Path | None = None,
-        scale: float = 1.0,
+        adapters: Adapters = (),
     ) -> list[TokenScores]:
         """Like `score_answers`, with all that measures of memorisation need of each token.
 
@@ -148,18 +147,17 @@ class EmbeddedModel:
         """
         if len(prompts) != len(answers):
             raise ValueError(f"got {len(prompts)} prompts and {len(answers)} answers")
-        return self.score_encoded(self._encode(prompts), answers, adapter, scale)
+        return self.score_encoded(self._encode(prompts), answers, adapters)
 
     def score_encoded(
         self,
         encoded: Sequence[EncodedPrompt],
         answers: Sequence[str],
-        adapter: str | Path | None = None,
-        scale: float = 1.0,
+        adapters: Adapters = (),
     ) -> list[TokenScores]:
         """`score_tokens` of prompts that are encoded already, as those of served requests are."""
         scores = [_NO_TOKENS] * len(encoded)
-        with self._lock, self._lora.applied(adapter, scale):
+        with self._lock, self.lora.applied(adapters):
             targets = [self.tokenizer.encode(a, add_special_tokens=False) for a in answers]
             lengths = [len(e.ids) + len(t) for e, t in zip(encoded, targets, strict=True)]
             for batch in _batches(lengths):
@@ -174,8 +172,7 @@ class EmbeddedModel:
         sampling: Sampling,
         n: int = 1,
         *,
-        adapter: str | Path | None = None,
-        scale: float = 1.0,
+        adapters: Adapters = (),
         cancelled: Callable[[], bool] | None = None,
     ) -> Generator[Step, None, None]:
         """Draw `n` answers to one prompt, a token at a time; the prompt is read once.
@@ -185,7 +182,7 @@ class EmbeddedModel:
         Raises:
             Cancelled: `cancelled` said so.
         """
-        with self._lock, self._lora.applied(adapter, scale):
+        with self._lock, self.lora.applied(adapters):
             rows = [self._row(i, i, sampling, prompt) for i in range(n)]
             for steps in decode(self._network, [prompt.embeds], rows, cancelled):
                 yield from steps
@@ -194,6 +191,7 @@ class EmbeddedModel:
         self,
         rows: Sequence[tuple[EncodedPrompt, Sampling]],
         cancelled: Callable[[], bool] | None = None,
+        adapters: Adapters = (),
     ) -> Generator[Step, None, None]:
         """Draw an answer for each row, rows of like length together; `Step.row` is its index.
 
@@ -207,7 +205,7 @@ class EmbeddedModel:
         for prompt, _ in rows:
             streams.append(seen[id(prompt)])
             seen[id(prompt)] += 1
-        with self._lock, self._lora.applied(None, 1.0):
+        with self._lock, self.lora.applied(adapters):
             lengths = [len(prompt.ids) + sampling.max_tokens for prompt, sampling in rows]
             for batch in _batches(lengths):
                 drawn = [self._row(i, streams[i], rows[i][1], rows[i][0]) for i in batch]
