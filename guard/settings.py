@@ -65,6 +65,14 @@ class Settings(BaseSettings):
         idle_timeout_s: Between two pieces of an answer.
         connect_timeout_s: To connect to the upstream.
         max_queue: Requests that wait for the embedded engine; beyond it 429.
+        adapter_strengths: Strengths that vLLM is given each adapter at, evenly spaced to 1.
+        adapter_dir: Folder that vLLM reads adapters from; None is a temporary one, for a vLLM on
+            this machine that runs as the same user.
+        adapter_dir_upstream: What vLLM calls that folder, if it sees it under another path.
+        max_loaded_adapters: Adapters, times strengths, that vLLM is given at one time.
+        adapters_together: Several adapters in one request to vLLM: the `strongest` alone (until
+            the same ones recur), or `concatenate` their ranks.
+        max_lora_rank: Largest rank that vLLM takes.
         max_in_flight: Requests in work at one time; beyond it 503.
         workers: Threads that decide and rewrite.
         threads: Threads of the encoder and the embedded model; None leaves it to them.
@@ -106,6 +114,12 @@ class Settings(BaseSettings):
     idle_timeout_s: Seconds = 120.0
     connect_timeout_s: Seconds = 5.0
     max_queue: Annotated[int, Field(ge=0)] = 16
+    adapter_strengths: Annotated[int, Field(ge=1, le=10)] = 3
+    adapter_dir: Path | None = None
+    adapter_dir_upstream: Annotated[str, Field(min_length=1)] | None = None
+    max_loaded_adapters: Annotated[int, Field(ge=1)] = 64
+    adapters_together: Literal["strongest", "concatenate"] = "strongest"
+    max_lora_rank: Annotated[int, Field(ge=1, le=512)] = 16
     max_in_flight: Annotated[int, Field(ge=1)] = 1024
     workers: Annotated[int, Field(ge=1, le=256)] = 2
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -43,9 +45,36 @@ class Metrics:
             f"{prefix}_waiting", "Requests that wait for a worker.", registry=self.registry
         ).set_function(lambda: float(waiting()))
 
+    def follow_adapters(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Report what an engine says of its adapters, read whenever metrics are.
+
+        Args:
+            counts: Returns numbers by what they count: loads, evictions, …
+        """
+        self.registry.register(_AdapterCounts(counts))
+
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(f"unlearn_guard_{name}", text, buckets=_SECONDS, registry=self.registry)
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class _AdapterCounts(Collector):
+    """An engine's own counters, as Prometheus takes them."""
+
+    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one metric, labelled by what was counted."""
+        metric = GaugeMetricFamily(
+            "unlearn_guard_adapters",
+            "Adapters in the engine: loaded now; since the start hits, loads, lost, evictions, and "
+            "requests answered with fewer than were asked for.",
+            labels=["what"],
+        )
+        for name, value in self._counts().items():
+            metric.add_metric([name], float(value))
+        yield metric

@@ -1,15 +1,15 @@
 """The vLLM engine: HTTP to an unmodified vLLM that was started with `--enable-prompt-embeds`.
 
-Bodies go out and come back byte for byte, each piece as soon as it arrives. Here, and nowhere else,
-transport faults become the project's engine errors.
+Bodies go out and come back byte for byte, each piece as soon as it arrives; with an adapter, all
+but the model's name. Here, and nowhere else, transport faults become the project's engine errors.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -22,15 +22,17 @@ from guard.errors import (
     EngineTimeoutError,
     EngineUnavailableError,
 )
+from guard.types import AdapterUse
+from server.engines.adapter_choice import AdapterOptions
+from server.engines.adapter_pool import AdapterCounts
 from server.engines.base import EngineResponse
+from server.engines.vllm_adapters import VllmAdapters
+from server.engines.vllm_relay import FAULTS, Relay, unavailable
 
 REQUEST_HEADERS: Final = frozenset({"accept", "authorization", "content-type", "x-request-id"})
 RESPONSE_HEADERS: Final = frozenset(
     {"cache-control", "content-type", "retry-after", "x-request-id"}
 )
-
-_MAX_CONTROL_BYTES: Final = 4_000_000
-_FAULTS: Final = (aiohttp.ClientError, OSError, EOFError, asyncio.IncompleteReadError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,13 @@ class VllmTimeouts:
         read: For the first byte, and between two pieces of an answer. Without streaming nothing
             comes before the whole answer is done.
         control: For health and the list of models, all in all.
+        adapter: For loading or unloading an adapter, all in all.
     """
 
     connect: float = 5.0
     read: float = 600.0
     control: float = 10.0
+    adapter: float = 60.0
 
 
 class VllmEngine:
@@ -58,6 +62,7 @@ class VllmEngine:
         timeouts: How long to wait.
         max_connections: Connections held at most; further requests wait for one.
         socket_path: A Unix domain socket to go through; the URL's host is then only a name.
+        adapters: How unlearning adapters are given to vLLM.
 
     Raises:
         ConfigError: The URL is none.
@@ -73,12 +78,28 @@ class VllmEngine:
         *,
         max_connections: int = 512,
         socket_path: str | None = None,
+        adapters: AdapterOptions | None = None,
     ) -> None:
         self.url = _checked_url(upstream_url)
         self._api_key = api_key
         self._timeouts = timeouts or VllmTimeouts()
         self._max_connections, self._socket_path = max_connections, socket_path
         self._session: aiohttp.ClientSession | None = None
+        self._adapters = VllmAdapters(self._ask, self.models, adapters or AdapterOptions())
+
+    @property
+    def adapter_counts(self) -> AdapterCounts:
+        """What happened with adapters since the start."""
+        return self._adapters.pool.counts
+
+    @property
+    def adapters_loaded(self) -> int:
+        """How many adapters vLLM holds for us, each strength being one."""
+        return self._adapters.pool.loaded
+
+    def adapter_figures(self) -> dict[str, int]:
+        """Return both as numbers by name, for metrics."""
+        return {"loaded": self.adapters_loaded, **asdict(self.adapter_counts)}
 
     async def start(self) -> None:
         """Make the connection pool; connections are opened when they are needed."""
@@ -105,10 +126,15 @@ class VllmEngine:
         )
 
     async def close(self) -> None:
-        """Close all connections, and with them every running generation."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        """Unload the adapters and close all connections, and with them every generation."""
+        if self._session is None:
+            return
+        try:
+            await self._adapters.pool.close()
+        finally:
+            session, self._session = self._session, None
+            if session is not None:
+                await session.close()
 
     async def health(self) -> None:
         """Return if vLLM serves a model.
@@ -136,7 +162,24 @@ class VllmEngine:
                 "upstream a vLLM server?"
             ) from error
 
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
+    async def sync_adapters(self, adapters: Sequence[AdapterUse]) -> None:
+        """Load adapters into vLLM and unload all others; see `Engine.sync_adapters`.
+
+        Those that exceed the number to be held are loaded when they are asked for.
+
+        Raises:
+            EngineError: vLLM can't be reached or takes no adapters; the message names the flags
+                that it must be started with.
+        """
+        await self._adapters.sync(adapters)
+
+    async def post(
+        self,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        adapters: Sequence[AdapterUse] = (),
+    ) -> EngineResponse:
         """Send a request; see `Engine.post`.
 
         Cancelling the call or closing the answer closes the connection, at which vLLM stops
@@ -145,15 +188,25 @@ class VllmEngine:
         Raises:
             EngineUnavailableError: vLLM can't be reached, or left before it answered.
             EngineTimeoutError: vLLM did not answer in time.
+            EngineError: An adapter can't be loaded.
         """
         allowed = {k.lower(): v for k, v in headers.items() if k.lower() in REQUEST_HEADERS}
+
+        async def exchange(sent: bytes) -> EngineResponse:
+            return await self._exchange(path, sent, allowed)
+
+        if adapters:
+            return await self._adapters.answer(body, adapters, exchange)
+        return await exchange(body)
+
+    async def _exchange(self, path: str, body: bytes, allowed: Mapping[str, str]) -> EngineResponse:
         response = await self._send("POST", path, body, allowed)
         kept = [
             (name.lower(), value)
             for name, value in response.headers.items()
             if name.lower() in RESPONSE_HEADERS
         ]
-        return EngineResponse(response.status, kept, _Relay(response, self.url))
+        return EngineResponse(response.status, kept, Relay(response, self.url))
 
     async def _send(
         self,
@@ -173,82 +226,37 @@ class VllmEngine:
             )
         except (aiohttp.ServerTimeoutError, TimeoutError) as error:
             raise EngineTimeoutError(f"vLLM at {self.url} did not answer in time") from error
-        except _FAULTS as error:
-            raise _unavailable(self.url, error) from error
+        except FAULTS as error:
+            raise unavailable(self.url, error) from error
 
     async def _control(self, path: str) -> bytes:
+        status, body = await self._whole("GET", path, None, self._timeouts.control)
+        if status != 200:
+            raise EngineRefusedError(status, body)
+        return body
+
+    async def _ask(self, path: str, fields: dict[str, Any]) -> tuple[int, bytes]:
+        return await self._whole("POST", path, json.dumps(fields).encode(), self._timeouts.adapter)
+
+    async def _whole(
+        self, method: str, path: str, body: bytes | None, limit_s: float
+    ) -> tuple[int, bytes]:
+        """Ask something that isn't a client's question, and read the answer to its end."""
+        headers = None if body is None else {"content-type": "application/json"}
         try:
-            async with asyncio.timeout(self._timeouts.control):
-                response = await self._send("GET", path)
-                relay = _Relay(response, self.url)
+            async with asyncio.timeout(limit_s):
+                response = await self._send(method, path, body, headers)
+                relay = Relay(response, self.url)
                 try:
-                    body = await _read(relay)
+                    return response.status, await relay.read()
                 finally:
                     await relay.aclose()
         except TimeoutError as error:
             if isinstance(error, EngineError):
                 raise
             raise EngineTimeoutError(
-                f"vLLM at {self.url} did not answer {path} in {self._timeouts.control} s"
+                f"vLLM at {self.url} did not answer {path} in {limit_s} s"
             ) from error
-        if response.status != 200:
-            raise EngineRefusedError(response.status, body)
-        return body
-
-
-class _Relay:
-    """The pieces of an answer as they arrive.
-
-    A class and not a generator: closing a generator that was never started runs none of its code,
-    and the upstream connection would stay open.
-    """
-
-    def __init__(self, response: aiohttp.ClientResponse, url: str) -> None:
-        self._response, self._url = response, url
-
-    def __aiter__(self) -> _Relay:
-        return self
-
-    async def __anext__(self) -> bytes:
-        try:
-            chunk = await self._response.content.readany()
-        except (aiohttp.ServerTimeoutError, TimeoutError) as error:
-            self._response.close()
-            raise EngineTimeoutError(
-                f"vLLM at {self._url} stopped sending in the middle of an answer"
-            ) from error
-        except _FAULTS as error:
-            self._response.close()
-            raise _unavailable(self._url, error, "in the middle of an answer") from error
-        except asyncio.CancelledError:
-            self._response.close()
-            raise
-        if not chunk:
-            raise StopAsyncIteration
-        return chunk
-
-    async def aclose(self) -> None:
-        """Close the connection unless the whole answer has come; vLLM then stops generating."""
-        self._response.close()
-
-
-async def _read(relay: _Relay) -> bytes:
-    pieces, size = [], 0
-    async for piece in relay:
-        size += len(piece)
-        if size > _MAX_CONTROL_BYTES:
-            raise EngineUnavailableError(
-                f"the upstream's answer is longer than {_MAX_CONTROL_BYTES} bytes; is it vLLM?"
-            )
-        pieces.append(piece)
-    return b"".join(pieces)
-
-
-def _unavailable(url: str, error: BaseException, when: str = "") -> EngineUnavailableError:
-    where = f" {when}" if when else ""
-    return EngineUnavailableError(
-        f"vLLM at {url} can't be reached or went away{where}: {type(error).__name__}: {error}"
-    )
 
 
 def _checked_url(url: str) -> str:

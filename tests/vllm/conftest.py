@@ -44,8 +44,17 @@ def second_vllm_url(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @contextmanager
-def started_vllm(model: Path, log: Path) -> Iterator[str]:
-    """Run a vLLM until the block ends; yields its URL once it is ready."""
+def started_vllm(
+    model: Path, log: Path, port: int | None = None, without: str = ""
+) -> Iterator[str]:
+    """Run a vLLM until the block ends; yields its URL once it is ready.
+
+    Args:
+        model: The model's directory.
+        log: File for what it prints.
+        port: Where it listens; None takes a free one.
+        without: `--enable-lora`, or a variable of its environment, to leave out.
+    """
     python = os.environ.get(PYTHON_VARIABLE)
     if not python or not Path(python).is_file():
         pytest.fail(
@@ -53,14 +62,17 @@ def started_vllm(model: Path, log: Path) -> Iterator[str]:
             f"{python!r}); `make test-vllm` installs one and does so",
             pytrace=False,
         )
-    port = free_port()
+    port = port or free_port()
+    words = command(python, model, port)
+    if without in words:
+        words = words[: words.index(without)]
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command(python, model, port),
+            words,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment(),
+            env={k: v for k, v in environment().items() if k != without},
             start_new_session=True,
         )
         try:
@@ -76,7 +88,11 @@ def command(python: str, model: Path, port: int) -> list[str]:
         *("--model", str(model), "--served-model-name", SERVED_NAME),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"),
-        *("--enable-prompt-embeds", "--enable-lora", "--max-loras", "2", "--max-lora-rank", "16"),
+        "--enable-prompt-embeds",
+        *("--max-num-seqs", "1"),  # the CPU build mixes up adapters within a batch: docs/vllm.md
+        *("--enable-lora", "--max-loras", "2", "--max-cpu-loras", "8", "--max-lora-rank", "16"),
+        *("--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
     ]
 
 
