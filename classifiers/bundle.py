@@ -17,6 +17,7 @@ from classifiers.target import SECRET_FILES as TARGET_SECRETS
 from classifiers.target import TargetArtifact
 from classifiers.verbatim import GramHasher
 from guard.errors import ArtifactError
+from guard.types import WeightPolicy
 
 SECRET_FILES = TARGET_SECRETS | SCORER_SECRETS
 """Files of a target that the caller encrypts."""
@@ -33,6 +34,7 @@ def load_detector(
     key: bytes,
     threads: int | None = None,
     verdicts: int | None = None,
+    weights: Mapping[str, WeightPolicy] | None = None,
 ) -> BundleDetector:
     """Load a bundle's detector.
 
@@ -44,17 +46,20 @@ def load_detector(
         key: Keys the hashes of quotations.
         threads: Windows encoded at the same time; the CPUs available by default.
         verdicts: Texts whose verdict is remembered; 0 none, None the default.
+        weights: Policy of O3's soft weight by target; `monotone` where none is named.
 
     Raises:
+        ConfigError: If a target's detector has no such policy.
         ArtifactError: If a file is missing or damaged, or does not fit.
     """
     encoder = OnnxEncoder(encoder_dir, threads, cache_size=0)
     artifacts = [TargetArtifact.from_files(name, files) for name, files in targets.items()]
     calibration = fit_bundle([artifact.calibration for artifact in artifacts], budget)
+    policies = weights or {}
     scorers = {
         number: scorer
-        for number, files in enumerate(targets.values())
-        if (scorer := load_scorer(files)) is not None
+        for number, (name, files) in enumerate(targets.items())
+        if (scorer := load_scorer(files, policy=policies.get(name, "monotone"))) is not None
     }
     return BundleDetector(
         encoder,

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from classifiers.encoder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, OnnxEncoder
 from classifiers.o3_scores import GAMMA, GlocalScores, ScoreVariant, ShrinkageMethod
-from classifiers.soft_weight import SoftWeight, WeightPolicy
+from classifiers.soft_weight import SoftWeight
 from guard.errors import ArtifactError, ConfigError, IncompatibleArtifactError, NotFittedError
-from guard.types import BoolArray, FloatArray
+from guard.types import BoolArray, FloatArray, WeightPolicy
 
 FORMAT = 1
 HEAD_FILE: Final = "o3.json"

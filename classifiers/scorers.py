@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from classifiers.calibrate import FAR
-from guard.errors import ArtifactError
-from guard.types import BoolArray, FloatArray
+from guard.errors import ArtifactError, ConfigError
+from guard.types import BoolArray, FloatArray, WeightPolicy
 
 if TYPE_CHECKING:
     from guard.types import Progress
@@ -64,26 +64,44 @@ class Scorer:
     Args:
         detector: The detector.
         benign: Its scores of benign texts, shape (texts,).
+        policy: O3's soft weight of a score, see `classifiers.soft_weight`.
+
+    Raises:
+        ConfigError: The policy is not `monotone`, and the detector has no soft weight.
     """
 
-    def __init__(self, detector: PaperDetector, benign: FloatArray) -> None:
+    def __init__(
+        self, detector: PaperDetector, benign: FloatArray, policy: WeightPolicy = "monotone"
+    ) -> None:
         self._detector, self._benign = detector, np.sort(benign)
+        self._weights = getattr(detector, "weights", None)
+        self._policy = policy
+        if policy != "monotone" and self._weights is None:
+            raise ConfigError(f"the weight policy {policy} is of the O3 detector")
 
     def judge(self, text: str) -> Judged:
         """Score one text."""
         scores = self._detector.scores([text])
         flagged = bool(self._detector.flags(scores)[0])
         above = len(self._benign) - int(np.searchsorted(self._benign, scores[0], "left"))
-        weights = getattr(self._detector, "weights", None)
-        weight = float(weights(scores)[0]) if weights is not None else 1.0
+        weights = self._weights
+        weight = 1.0 if weights is None else float(weights(scores, self._policy)[0])
         p_value = (1 + above) / (1 + len(self._benign))
         return Judged(float(scores[0]), flagged, p_value, weight if flagged else 0.0)
 
 
-def load_scorer(files: Mapping[str, bytes], threads: int = 1) -> Scorer | None:
+def load_scorer(
+    files: Mapping[str, bytes], threads: int = 1, policy: WeightPolicy = "monotone"
+) -> Scorer | None:
     """Load the paper's detector of a target's files; None if the target has none.
 
+    Args:
+        files: The target's files.
+        threads: Threads of its encoder.
+        policy: Of O3's soft weight.
+
     Raises:
+        ConfigError: If the detector has no such policy.
         ArtifactError: If its files are damaged.
     """
     mine = {
@@ -107,7 +125,7 @@ def load_scorer(files: Mapping[str, bytes], threads: int = 1) -> Scorer | None:
         from classifiers.o3 import O3Detector
 
         detector = O3Detector.from_files(mine, threads)
-    return Scorer(detector, np.asarray(benign, np.float32))
+    return Scorer(detector, np.asarray(benign, np.float32), policy)
 
 
 def fit_scorer(

@@ -18,15 +18,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from guard.errors import ArtifactError, DataError, NotFittedError, UnknownComponentError
-from guard.types import FloatArray
-
-WeightPolicy = Literal["o3-paper", "o3-code", "monotone"]
+from guard.types import FloatArray, WeightPolicy
 
 STEEPNESS, SHIFT = 10.0, -2.0
 """The paper's zeta, and the offset inside its sigmoid."""
