@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from guard.bundle import Bundle, BundleStore, TargetEntry
+from guard.bundle import ADAPTER_FOLDER, Bundle, BundleStore, TargetEntry
 from guard.errors import ArtifactError, IncompatibleArtifactError
 from guard.keys import GuardKey
 from guard.ledger import Ledger
 from guard.pipeline import Guard, TargetPolicy
 from guard.prompts import ModelFingerprint, ModelPrompts
 from guard.rewrite import Corrupter
-from guard.types import BoolArray, Detector, FloatArray
+from guard.types import AdapterUse, BoolArray, Detector, FloatArray
 
 if TYPE_CHECKING:
     from corruptions.spec import CorruptionSpec
@@ -29,6 +29,7 @@ SPACE_FILE = "detector/space.safetensors"
 BACKGROUND_FILE = "detector/background.safetensors"
 SEALED = ".enc"
 BANK_FILE = "corruption/bank.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def load_guard(
@@ -67,6 +68,8 @@ def load_guard(
                 status=entry.status,
                 corrupter=make_corrupter(entry.corruption, bank, words),
                 entity_only=entry.corruption["spec"]["span_policy"] == "entity",
+                route=entry.route,
+                adapter=adapter_of(bundle, entry),
             )
             for name, entry in bundle.manifest.targets.items()
         },
@@ -74,7 +77,17 @@ def load_guard(
         prompts=prompts,
         ledger=ledger,
         version=bundle.manifest.version,
+        holds=bundle,
     )
+
+
+def adapter_of(bundle: Bundle, entry: TargetEntry) -> AdapterUse | None:
+    """Return a target's adapter at its trained strength; None if it has none."""
+    if not entry.adapter:
+        return None
+    folder = f"{entry.prefix}{ADAPTER_FOLDER}"
+    weights = bundle.manifest.files[f"{folder}/{ADAPTER_WEIGHTS}"]
+    return AdapterUse(weights.sha256, bundle.path(folder), int(entry.adapter["rank"]), 1.0)
 
 
 def check_key(bundle: Bundle, key: GuardKey) -> None:
@@ -135,6 +148,7 @@ def load_detector(bundle: Bundle, key: GuardKey, threads: int | None = None) -> 
         budget=bundle.manifest.fpr_budget,
         key=key.subkey("ngrams"),
         threads=threads,
+        weights={name: entry.weights for name, entry in bundle.manifest.targets.items()},
     )
 
 

@@ -70,6 +70,7 @@ __all__ = [
 
 CURRENT = "current"
 DIGESTS_NAME = "digests.json"
+ADAPTER_FOLDER = "adapter"
 _VERSION = re.compile(r"[0-9]{6,}")
 _SEAL_PURPOSE = "bundle/manifest"
 
@@ -112,12 +113,13 @@ class Bundle:
         return self.dir / rel
 
     def target_files(self, prefix: str) -> list[str]:
-        """Return the files of a target's folder, digests of its forget rows apart."""
+        """Return a target's detector files: not the digests of its forget rows, nor its adapter."""
         if self._by_folder is None:
             folders: dict[str, list[str]] = {}
             for rel in self.manifest.files:
                 parts = rel.split("/")
-                if parts[0] == "targets" and len(parts) > 2 and parts[-1] != DIGESTS_NAME:
+                others = parts[-1] == DIGESTS_NAME or parts[2:3] == [ADAPTER_FOLDER]
+                if parts[0] == "targets" and len(parts) > 2 and not others:
                     folders.setdefault("/".join(parts[:2]) + "/", []).append(rel)
             self._by_folder = folders
         return self._by_folder.get(prefix, [])

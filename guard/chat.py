@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from guard.errors import CannotCorruptError, EngineRefusedError
 from guard.pipeline import Inspection
 from guard.restore import NameRestorer
+from guard.types import AdapterUse
 
 if TYPE_CHECKING:
     from server.engines.base import Engine
@@ -48,15 +49,17 @@ async def ask(
         await asyncio.to_thread(guard.record, inspection)
     route = inspection.decision.route
     restorer = NameRestorer(())
-    if route == "corrupt":
+    adapters: tuple[AdapterUse, ...] = ()
+    if route not in ("pass", "refuse", "block"):
         try:
             rewritten = await asyncio.to_thread(guard.rewrite, inspection)
             body, restorer = rewritten.body, NameRestorer(rewritten.stand_ins)
+            adapters = rewritten.adapters
         except CannotCorruptError:
             route = "refuse"
     if route in ("refuse", "block"):
         return Turn(inspection, _once(_REFUSED))
-    return Turn(inspection, _named(_pieces(engine, body), restorer))
+    return Turn(inspection, _named(_pieces(engine, body, adapters), restorer))
 
 
 def _body(
@@ -84,9 +87,11 @@ async def _named(pieces: AsyncIterator[str], restorer: NameRestorer) -> AsyncIte
         yield rest
 
 
-async def _pieces(engine: Engine, body: bytes) -> AsyncIterator[str]:
+async def _pieces(
+    engine: Engine, body: bytes, adapters: Sequence[AdapterUse]
+) -> AsyncIterator[str]:
     """Post the request and read the answer's text out of its event stream."""
-    answer = await engine.post(ENDPOINT, body, {"content-type": "application/json"})
+    answer = await engine.post(ENDPOINT, body, {"content-type": "application/json"}, adapters)
     try:
         if answer.status != 200:
             raise EngineRefusedError(answer.status, await answer.read())

@@ -20,10 +20,12 @@ import click
 
 from guard.cli_admin import bundle_group, config, doctor, ledger_group, model_group
 from guard.cli_bench import bench_group
+from guard.cli_bench_adapters import losses
 from guard.cli_chat import chat
 from guard.cli_decide import decide
 from guard.cli_eval import eval_group
 from guard.cli_learn import learn_group
+from guard.cli_learn_adapter import adapter
 from guard.cli_serve import engine, serve
 from guard.cli_session import Session
 from guard.cli_target import target_group
@@ -91,6 +93,8 @@ for _command in (
     engine,
 ):
     cli.add_command(_command)
+learn_group.add_command(adapter)
+bench_group.add_command(losses)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

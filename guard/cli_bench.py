@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from guard.cli_bench_continual import continual
 from guard.cli_bench_tofu import tofu_group
 from guard.cli_eval import command_text, out_option
 from guard.cli_session import Session
@@ -213,3 +214,4 @@ def _show(title: str, rows: Sequence[Row]) -> None:
 
 
 bench_group.add_command(tofu_group)
+bench_group.add_command(continual)

@@ -228,6 +228,9 @@ def run(
 ) -> None:
     """Measure full, retained, and full behind the guard, with every corruption named.
 
+    The guard is measured by every route: corruption, and where all targets of the bundle have
+    adapters, those alone and both together. Which route a target has of its own doesn't count.
+
     Answers come from served endpoints; likelihoods are computed on exactly the prompts that those
     would send. Interrupted, the same command goes on with the next system. Writes report.json,
     table.md and closeness.png.
@@ -259,6 +262,9 @@ def run(
             settings=amount,
             threads=settings.threads,
         )
+        lacking = plan.without_adapter()
+        if lacking:
+            note(_adapters_left_out(lacking))
         systems = run_systems(plan, out, progress)
     rows = tofu_rows(systems, plan.asked(), settings.seed)
     versions = describe_versions(bundle=str(store.current_version()))
@@ -266,6 +272,14 @@ def run(
     plot_closeness(out / "closeness.png", rows, " - retained", CLOSE)
     _show_closeness(rows)
     note(f"{out}: report.json, table.md, closeness.png, systems/")
+
+
+def _adapters_left_out(lacking: Sequence[str]) -> str:
+    more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+    return (
+        f"the adapter routes are left out: {', '.join(lacking[:3])}{more} of the bundle's targets "
+        "have no adapter (`unlearn-guard learn adapter`)"
+    )
 
 
 def _run_settings(leak: str, full: bool, seed: int, options: dict[str, Any]) -> RunSettings:

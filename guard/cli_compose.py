@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from guard.pipeline import Guard
     from guard.reload import LiveGuard
     from guard.settings import Settings
-    from guard.types import Progress
+    from guard.types import AdapterUse, Progress
+    from server.engines.adapter_choice import AdapterOptions
     from server.engines.base import Engine
     from server.types import Readiness, ServerOptions
 
@@ -34,6 +36,8 @@ def make_engine(session: Session, progress: Progress | None = None) -> Engine:
     if settings.engine == "vllm":
         from server.engines.vllm import VllmEngine, VllmTimeouts
 
+        if settings.adapter_dir_upstream and settings.adapter_dir is None:
+            raise ConfigError("adapter_dir_upstream is what vLLM calls adapter_dir: set that too")
         if settings.upstream is None:
             raise ConfigError("--engine vllm needs --upstream URL, e.g. http://127.0.0.1:8001")
         secret = settings.upstream_api_key
@@ -43,6 +47,7 @@ def make_engine(session: Session, progress: Progress | None = None) -> Engine:
             timeouts=VllmTimeouts(
                 connect=settings.connect_timeout_s, read=settings.engine_timeout_s
             ),
+            adapters=adapter_options(settings),
         )
     from importlib.util import find_spec
 
@@ -60,6 +65,20 @@ def make_engine(session: Session, progress: Progress | None = None) -> Engine:
         served_name=name,
         max_queue=settings.max_queue,
         threads=settings.threads,
+    )
+
+
+def adapter_options(settings: Settings) -> AdapterOptions:
+    """Translate the settings of adapters for the vLLM engine."""
+    from server.engines.adapter_choice import AdapterOptions
+
+    return AdapterOptions(
+        strengths=settings.adapter_strengths,
+        folder=settings.adapter_dir,
+        upstream_folder=settings.adapter_dir_upstream,
+        max_loaded=settings.max_loaded_adapters,
+        together=settings.adapters_together,
+        max_rank=settings.max_lora_rank,
     )
 
 
@@ -161,7 +180,32 @@ class CheckState:
             self._passed, self.model = True, report.model
         else:
             log.warning("the self-check is off: nothing proves that model and bundle fit")
+        await self._follow_adapters(engine, guard)
         guard.open()
+
+    async def _follow_adapters(self, engine: Engine, guard: LiveGuard) -> None:
+        """Make the bundle's adapters ready, now and whenever the bundle changes."""
+        from guard.errors import (
+            EngineBusyError,
+            EngineError,
+            EngineTimeoutError,
+            EngineUnavailableError,
+            SelfCheckError,
+        )
+
+        loop = asyncio.get_running_loop()
+
+        def prepare(adapters: Sequence[AdapterUse]) -> None:
+            # Called in the thread that follows the bundle; engines belong to the event loop.
+            asyncio.run_coroutine_threadsafe(engine.sync_adapters(adapters), loop).result()
+
+        try:
+            await engine.sync_adapters(guard.guard.adapters)
+        except (EngineUnavailableError, EngineTimeoutError, EngineBusyError):
+            raise  # it may be better in a while
+        except EngineError as error:
+            raise SelfCheckError(str(error)) from error
+        guard.prepare = prepare
 
     async def check_or_wait(self, engine: Engine, guard: LiveGuard) -> None:
         """Check now; if the engine can't be asked yet, go on trying in the background."""

@@ -237,8 +237,8 @@ class _Opener:
                 "URL of a vLLM"
             )
         place = Path(self.session.model(None) if name == EMBEDDED else name)
-        model = _load(place, self.session.settings.threads)
-        return NamedEngine(name, model, True, _weights_digest(place))
+        model = load_model(place, self.session.settings.threads)
+        return NamedEngine(name, model, True, weights_digest(place))
 
     def _http(self, name: str, stack: ExitStack, prompts: ModelPrompts) -> NamedEngine:
         from guard.learn_inputs import NamedEngine
@@ -264,10 +264,11 @@ def _retained(place: Path | None, threads: int | None) -> RetainedModel | None:
         return None
     if not _is_directory(str(place)):
         raise ConfigError(f"--retained-engine {place}: no model directory (with a config.json)")
-    return RetainedModel(lambda: _load(place, threads), _weights_digest(place))
+    return RetainedModel(lambda: load_model(place, threads), weights_digest(place))
 
 
-def _load(place: Path, threads: int | None) -> Any:
+def load_model(place: Path, threads: int | None) -> Any:
+    """Load a model into this process."""
     from guard.errors import ConfigError
 
     try:
@@ -280,7 +281,7 @@ def _load(place: Path, threads: int | None) -> Any:
     return EmbeddedModel.load(place, threads=threads)
 
 
-def _weights_digest(place: Path) -> str:
+def weights_digest(place: Path) -> str:
     """Tell models apart whose embeddings are the same, as those of a fine-tuned pair are."""
     import hashlib
 

@@ -247,6 +247,45 @@ def show(session: Session, /, name: str, as_json: bool, **flags: Any) -> None:
     print_figures(f"target {name} of {bundle.root}, version {bundle.version}", figures)
 
 
+@target_group.command("route")
+@click.argument("name")
+@click.argument(
+    "route",
+    required=False,
+    type=click.Choice(["corrupt", "adapt", "corrupt+adapt", "refuse"]),
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["monotone", "o3-paper", "o3-code"]),
+    help="How strongly the adapter acts, by the score; the last two need --detector o3.",
+)
+@bundle_option
+@click.pass_obj
+def route(session: Session, /, name: str, route: Any, weights: Any, **flags: Any) -> None:
+    """Set what a request that touches the target takes.
+
+    `corrupt` blurs its embeddings, `adapt` answers with the target's adapter (`learn adapter`
+    trains it, and chooses the route by evaluation), `corrupt+adapt` does both, `refuse` declines.
+    """
+    from guard.console import note
+    from guard.learn_adapter import set_route
+
+    if route is None and weights is None:
+        raise click.UsageError("give a ROUTE, or --weights, or both")
+    bundle = _open(session, flags)
+    if name not in bundle.manifest.targets:
+        raise _not_found(bundle, name)
+    bundle.close()
+    key = session.key()
+    store = session.store(key)
+    version = set_route(name, route, weights, store=store, key=key, ledger=session.ledger(key))
+    entry = store.current().manifest.targets[name]
+    note(
+        f"target {name} takes the route {entry.route}, weights {entry.weights}, from version "
+        f"{version} on"
+    )
+
+
 @target_group.command("remove")
 @click.argument("name")
 @bundle_option

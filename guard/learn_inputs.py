@@ -268,6 +268,19 @@ def _detector(bundle: Bundle, entry: TargetEntry, key: GuardKey, threads: int | 
     )
 
 
+def make_prompter(
+    name: str,
+    bundle: Bundle,
+    entry: TargetEntry,
+    key: GuardKey,
+    prompts: ModelPrompts,
+    threads: int | None,
+) -> Prompter:
+    """Return what corrupts questions as serving does, with its spans remembered."""
+    detector = _Remembered(_detector(bundle, entry, key, threads))
+    return Prompter(name, detector, prompts, key, bank_of(bundle, prompts))
+
+
 def make_prompters(
     request: LearnRequest,
     bundle: Bundle,
@@ -277,8 +290,7 @@ def make_prompters(
     threads: int | None,
 ) -> list[Prompter]:
     """Return what corrupts questions, by draw of the noise: the first as serving does."""
-    detector = _Remembered(_detector(bundle, entry, key, threads))
-    served = Prompter(request.target, detector, prompts, key, bank_of(bundle, prompts))
+    served = make_prompter(request.target, bundle, entry, key, prompts, threads)
     # The key is all that seeds the noise.
     keys = [GuardKey(key.subkey(f"learn-draw-{draw}")) for draw in range(1, request.draws)]
     return [served, *(replace(served, key=one) for one in keys)]

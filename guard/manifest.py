@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from guard.errors import ArtifactError, ConfigError, IncompatibleArtifactError
-from guard.types import TargetStatus
+from guard.types import TargetRoute, TargetStatus, WeightPolicy
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -83,21 +83,27 @@ class TargetEntry(_Strict):
         status: `detecting` decides and records; `enforced` acts.
         created_at: ISO 8601, UTC.
         route: What happens to a flagged request.
+        route_reason: Who chose it, and by which figures.
+        weights: How strongly its adapter acts, by the score.
         rows: Rows of the forget set.
         answered_rows: Those of them that had an answer.
         detector: Calibration: threshold, false-positive rate, recall with interval, counts.
         corruption: `CorruptionSpec.to_dict()` and how its strength was found.
+        adapter: Rank, loss and figures of the adapter in the target's folder; empty without one.
         notes: What the user should know, e.g. that the model doesn't know the target.
     """
 
     name: Annotated[str, AfterValidator(check_name)]
     status: TargetStatus
     created_at: str = Field(default_factory=now)
-    route: str = "corrupt"
+    route: TargetRoute = "corrupt"
+    route_reason: str = "the default"
+    weights: WeightPolicy = "monotone"
     rows: Annotated[int, Field(ge=0)] = 0
     answered_rows: Annotated[int, Field(ge=0)] = 0
     detector: dict[str, Any] = Field(default_factory=dict)
     corruption: dict[str, Any] = Field(default_factory=dict)
+    adapter: dict[str, Any] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
 
     @property

@@ -7,14 +7,14 @@ reaches detectors and corruptions through the kernel's protocols only.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from guard.chat_template import PART_SEPARATOR, content_parts
 from guard.embeds import best_dtype, embeds_part
-from guard.errors import CannotCorruptError, StageError
+from guard.errors import CannotCorruptError, ConfigError, StageError
 from guard.keys import GuardKey
 from guard.ledger import Ledger
 from guard.prompts import ContentTokens, ModelPrompts
@@ -29,6 +29,7 @@ from guard.rewrite import (
 )
 from guard.traced import Place, merged
 from guard.types import (
+    AdapterUse,
     Decision,
     Detection,
     Detector,
@@ -37,6 +38,7 @@ from guard.types import (
     Segment,
     Span,
     TargetHit,
+    TargetRoute,
     TargetStatus,
     TextHit,
 )
@@ -57,11 +59,34 @@ class TargetPolicy:
         status: `enforced` acts, `detecting` only records.
         corrupter: The target's corruption.
         entity_only: Corrupt what the span finder names; otherwise all of a flagged text.
+        route: What happens to a request that touches it.
+        adapter: The target's adapter, for routes that adapt; its weight is the hit's to say.
     """
 
     status: TargetStatus
     corrupter: Corrupter
     entity_only: bool = True
+    route: TargetRoute = "corrupt"
+    adapter: AdapterUse | None = None
+
+    def __post_init__(self) -> None:
+        if self.adapts and self.adapter is None:
+            raise ConfigError(f"the route {self.route} needs an adapter, and there is none")
+
+    @property
+    def corrupts(self) -> bool:
+        """Whether the route corrupts embeddings."""
+        return self.route in ("corrupt", "corrupt+adapt")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the route uses the adapter."""
+        return self.route in ("adapt", "corrupt+adapt")
+
+    @property
+    def refuses(self) -> bool:
+        """Whether the route answers nothing."""
+        return self.route == "refuse"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +104,12 @@ class Rewritten:
     Attributes:
         body: To be sent to the engine.
         stand_ins: Generic names that stand in it for asked ones, to be put back in the answer.
+        adapters: What the model is to be changed by while it answers, the strongest hit's first.
     """
 
     body: bytes
     stand_ins: tuple[StandIn, ...] = ()
+    adapters: tuple[AdapterUse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +139,7 @@ class Guard:
             can be decided but not rewritten, and token-id prompts can't be read.
         ledger: Where flagged decisions are recorded; None records nothing.
         version: Version of the bundle, for the ledger.
+        holds: Kept for as long as the guard lives: the bundle whose adapters engines read.
     """
 
     def __init__(
@@ -122,6 +150,7 @@ class Guard:
         prompts: ModelPrompts | None = None,
         ledger: Ledger | None = None,
         version: int = 0,
+        holds: object = None,
     ) -> None:
         self.detector = detector
         self.targets = dict(targets)
@@ -129,6 +158,27 @@ class Guard:
         self.version = version
         self._key = key
         self._ledger = ledger
+        self._holds = holds
+
+    @property
+    def adapters(self) -> tuple[AdapterUse, ...]:
+        """The adapters that requests may be answered with, for the engine to make ready."""
+        return tuple(
+            policy.adapter
+            for policy in self.targets.values()
+            if policy.status == "enforced" and policy.adapts and policy.adapter is not None
+        )
+
+    def routed(self, route: TargetRoute) -> Guard:
+        """Return the same guard with one route for all targets, to compare routes.
+
+        Raises:
+            ConfigError: A target has no adapter, and the route needs one.
+        """
+        targets = {name: replace(policy, route=route) for name, policy in self.targets.items()}
+        return Guard(
+            self.detector, targets, self._key, self.prompts, self._ledger, self.version, self._holds
+        )
 
     # --- Deciding ----------------------------------------------------------------------------
 
@@ -188,7 +238,7 @@ class Guard:
         coverage = _coverage(view, detection.coverage[places])
         return Decision(
             flagged=bool(hits),
-            route=_route(hits, view.segments, coverage),
+            route=_route(hits, self.targets, view.segments, coverage),
             coverage=coverage,
             targets=tuple(hits),
             margin=float(detection.margins[places].max(initial=-np.inf)),
@@ -233,13 +283,22 @@ class Guard:
     # --- Rewriting -----------------------------------------------------------------------------
 
     def rewrite(self, inspection: Inspection) -> Rewritten:
-        """Replace every flagged content by corrupted embeddings.
+        """Replace flagged contents by corrupted embeddings, and name the adapters to answer with.
+
+        What each enforced target does is its policy's to say. A request that only adapters act on
+        keeps its bytes.
 
         Raises:
-            CannotCorruptError: If a flagged text has no place for embeddings; refuse the request.
+            CannotCorruptError: If a flagged text has no place for embeddings, or a target's route is
+                `refuse`; refuse the request.
             StageError: If rewriting failed.
         """
-        request = inspection.request
+        request, route = inspection.request, inspection.decision.route
+        if self._refuses(inspection.decision):
+            raise CannotCorruptError("the request", "a target that it touches refuses")
+        adapters = self._adapters(inspection.decision)
+        if route == "adapt":
+            return Rewritten(request.body, adapters=adapters)
         if self.prompts is None:
             raise StageError("rewrite", RuntimeError("no model files to take embeddings from"))
         contents = _contents(request, request.segments(self._detokenise))
@@ -258,11 +317,25 @@ class Guard:
             }
             embeds = {index: self._encoded(text) for index, text in texts.items()}
             body = replace_contents(request, embeds, _added(request) if all_flagged else None)
-            return Rewritten(body, tuple(n for text in texts.values() for n in text.stand_ins))
+            names = tuple(name for text in texts.values() for name in text.stand_ins)
+            return Rewritten(body, names, adapters)
         except CannotCorruptError:
             raise
         except Exception as error:
             raise StageError("rewrite", error) from error
+
+    def _refuses(self, decision: Decision) -> bool:
+        return any(hit.enforced and self.targets[hit.name].refuses for hit in decision.targets)
+
+    def _adapters(self, decision: Decision) -> tuple[AdapterUse, ...]:
+        """The adapters of the enforced hits, each at its hit's soft weight (O3's w(x))."""
+        return tuple(
+            replace(policy.adapter, weight=hit.weight)
+            for hit in decision.targets
+            if hit.enforced
+            and (policy := self.targets[hit.name]).adapts
+            and policy.adapter is not None
+        )
 
     def _plan(
         self, decision: Decision, contents: Mapping[int, _Content]
@@ -270,8 +343,10 @@ class Guard:
         """For each message (or prompt) to replace, what every enforced target does to it."""
         plan: dict[int, list[Corruption]] = {}
         for hit in decision.targets:
-            if not hit.enforced:
+            if not hit.enforced or not self.targets[hit.name].corrupts:
                 continue
+            if self.targets[hit.name].adapts and not _has_places(hit, contents):
+                continue  # the adapter acts alone
             spans: dict[int, list[tuple[int, int]]] = {}
             for span in hit.spans:
                 index, start, end = _locate(span, contents)
@@ -426,12 +501,38 @@ def _coverage(view: _View, covered: FloatArray) -> float:
     return min(share, float(others.min(initial=1.0)))
 
 
-def _route(hits: Sequence[TargetHit], segments: Sequence[Segment], coverage: float) -> Route:
-    """Block what was not read whole; refuse what can't be corrupted; corrupt the rest."""
+def _route(
+    hits: Sequence[TargetHit],
+    targets: Mapping[str, TargetPolicy],
+    segments: Sequence[Segment],
+    coverage: float,
+) -> Route:
+    """Block what was not read whole, else do what the enforced targets' policies say, together.
+
+    Refusing outdoes all. A text that no embeddings can take the place of is the adapter's, if its
+    target has one in its route; else it is refused.
+    """
     if coverage < 1.0:
         return "block"
     places = {segment.path: segment.message for segment in segments}
-    spans = [span for hit in hits if hit.enforced for span in hit.spans]
-    if not spans:
-        return "pass"
-    return "refuse" if any(places[span.path] is None for span in spans) else "corrupt"
+    corrupts = adapts = False
+    for hit in hits:
+        if not hit.enforced:
+            continue
+        policy = targets[hit.name]
+        if policy.refuses:
+            return "refuse"
+        adapts |= policy.adapts
+        if policy.corrupts and hit.spans:
+            placed = all(places[span.path] is not None for span in hit.spans)
+            if not placed and not policy.adapts:
+                return "refuse"
+            corrupts |= placed
+    if corrupts and adapts:
+        return "corrupt+adapt"
+    return "corrupt" if corrupts else "adapt" if adapts else "pass"
+
+
+def _has_places(hit: TargetHit, contents: Mapping[int, _Content]) -> bool:
+    parts = {path for content in contents.values() for path in content.parts}
+    return all(span.path in parts for span in hit.spans)

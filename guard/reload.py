@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from guard.errors import EngineUnavailableError, GuardError
 from guard.pipeline import Guard, Inspection, Rewritten
+from guard.types import AdapterUse
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,10 @@ class LiveGuard:
         load: Loads and verifies the current version.
         current_version: Reads its number.
         closed: Refuse every request until `open` is called: nothing is sent on unchecked.
+
+    Attributes:
+        prepare: Called with the adapters of the version in use and of a new one before that is
+            swapped in, and with the new one's alone after it; an error keeps the old version.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class LiveGuard:
         self._guard = load()
         self._seen = self._guard.version
         self._closed = closed
+        self.prepare: Callable[[Sequence[AdapterUse]], None] = lambda adapters: None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -93,6 +99,7 @@ class LiveGuard:
                 return False
             self._seen = version
             guard = self._load()
+            self.prepare((*self._guard.adapters, *guard.adapters))
         except (GuardError, OSError) as error:
             log.error(
                 "the bundle's new version can't be used, version %d stays: %s",
@@ -102,6 +109,10 @@ class LiveGuard:
             return False
         self._guard = guard
         log.warning("bundle version %d is in use now", guard.version)
+        try:
+            self.prepare(guard.adapters)
+        except (GuardError, OSError) as error:
+            log.error("adapters that no target needs any more may still be loaded: %s", error)
         return True
 
     def _follow(self, every_s: float) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from starlette.types import Message, Receive, Scope, Send
 
 from guard.errors import EngineError, StageError
 from guard.request import parse_request
-from guard.types import Route
+from guard.types import AdapterUse, Route
 from server.engines.base import Engine, EngineResponse
 from server.errors import (
     ApiError,
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from guard.pipeline import Inspection
 
 REQUEST_HEADERS: Final = ("accept", "x-request-id", "traceparent", "tracestate")
+REWRITING: Final = ("corrupt", "adapt", "corrupt+adapt")
+"""Routes on which the guard rewrites the request or has adapters answer it."""
+
 _CLIENT_LEFT: Final = 499
 
 
@@ -87,6 +91,9 @@ class Proxy:
         # The ledger must not wait behind decisions: its lateness would mark flagged requests.
         self.recorder = Workers(1, options.max_in_flight, "ledger")
         self.metrics = Metrics(lambda: self.workers.waiting)
+        counts = getattr(engine, "adapter_figures", None)
+        if counts is not None:  # an engine that has a limited number of places for them
+            self.metrics.follow_adapters(counts)
         self.models = ModelNames(engine, options.models_ttl_s)
         self.in_flight = 0
 
@@ -221,16 +228,16 @@ class _Exchange:
         finally:
             if record is not None:
                 await _settled(record)
-        replaced = self.route == "corrupt"
+        replaced = self.route in REWRITING
         return await self._relay(response, replaced=replaced)
 
     async def _routed(self, inspection: Inspection, body: bytes) -> EngineResponse:
         if self.route == "pass":
             return await self._post(body)
-        if self.route != "corrupt":
+        if self.route not in REWRITING:
             raise ApiErrorRaised(content_refused())
         rewritten = await self.proxy.workers.run(self.proxy.guard.rewrite, inspection)
-        response = await self._post(rewritten.body)
+        response = await self._post(rewritten.body, rewritten.adapters)
         if response.status >= 300:
             return response
         async with asyncio.timeout(self.options.idle_timeout_s):
@@ -244,14 +251,14 @@ class _Exchange:
             self.proxy.metrics.failures.labels("ledger").inc()
             raise ApiErrorRaised(guard_failed()) from error
 
-    async def _post(self, body: bytes) -> EngineResponse:
+    async def _post(self, body: bytes, adapters: Sequence[AdapterUse] = ()) -> EngineResponse:
         headers = pick_headers(self.scope, REQUEST_HEADERS)
         if self.options.forward_authorization:
             headers |= pick_headers(self.scope, ("authorization",))
         headers["content-type"] = "application/json"
         begun = time.perf_counter()
         async with asyncio.timeout(self.options.engine_timeout_s):
-            response = await self.proxy.engine.post(self.endpoint, body, headers)
+            response = await self.proxy.engine.post(self.endpoint, body, headers, adapters)
         self.proxy.metrics.first_byte_seconds.observe(time.perf_counter() - begun)
         # A redirect, or our own key refused, is a fault of this set-up and not of the client.
         ours = response.status in (401, 403) and not self.options.forward_authorization
