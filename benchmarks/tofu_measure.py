@@ -1,24 +1,25 @@
 """What one system makes of the TOFU questions: likelihoods of known answers, and its own answers.
 
-Likelihoods are computed on exactly the prompt that the endpoint would send to the engine: the same
-decision, the same rewritten body, decoded by the engine's own code. The answers' tokens are clean,
-as they are when an answer is generated.
+Likelihoods are computed on exactly the prompt that the endpoint would send to the engine, under the
+adapters that it would send along: the same decision, the same rewritten body, decoded by the
+engine's own code. The answers' tokens are clean, as they are when an answer is generated.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from benchmarks import forgetting
 from benchmarks.served import Answers, Endpoint, messages
 from benchmarks.tofu_rows import PairData, Question
-from guard.types import Message, Progress, TokenScores
+from guard.pipeline import Rewritten
+from guard.types import AdapterUse, Message, Progress, TokenScores
 
 if TYPE_CHECKING:
     from server.engines.embedded.model import EmbeddedModel
@@ -30,16 +31,29 @@ BATCH: Final = 64
 """Answers scored between two signs of progress."""
 
 
+class Encoded(NamedTuple):
+    """A question as the engine would get it.
+
+    Attributes:
+        prompt: What the model reads.
+        adapters: What it is changed by while it does, in the order of their keys.
+    """
+
+    prompt: EncodedPrompt
+    adapters: tuple[AdapterUse, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class System:
     """A model and what stands before it.
 
     Attributes:
         name: In reports.
-        route: What a flagged request takes: `none`, `corrupt`, `prompt`.
+        route: What a flagged request takes: `none`, `corrupt`, `adapt`, `corrupt+adapt`, `prompt`.
         model: The weights.
         guard: Decides and rewrites; None is a bare model.
         system: A system message for every question, for the prompt baseline.
+        adapters: What a bare model is changed by for every question.
     """
 
     name: str
@@ -47,24 +61,40 @@ class System:
     model: EmbeddedModel
     guard: GuardLike | None = None
     system: str | None = None
+    adapters: tuple[AdapterUse, ...] = ()
 
-    def body(self, question: str) -> bytes:
+    def sent(self, question: str) -> Rewritten:
         """Return the request that asks a question, as the engine would get it."""
-        request = {"model": "m", "messages": messages(question, self.system), "temperature": 0}
-        raw = json.dumps(request).encode()
+        raw = self._raw(question)
         if self.guard is None:
-            return raw
+            return Rewritten(raw, adapters=self.adapters)
         inspection = self.guard.inspect(CHAT, raw)
         if inspection.decision.route == "pass":
-            return raw
-        return self.guard.rewrite(inspection).body
+            return Rewritten(raw)
+        return self.guard.rewrite(inspection)
 
-    def encode(self, question: str) -> EncodedPrompt:
-        """Return the prompt that the engine would read."""
+    def body(self, question: str) -> bytes:
+        """Return the body of that request."""
+        return self.sent(question).body
+
+    def acts_on(self, question: str) -> bool:
+        """Say whether the guard does anything about a question."""
+        if self.guard is None:
+            return False
+        return self.guard.inspect(CHAT, self._raw(question)).decision.route != "pass"
+
+    def encode(self, question: str) -> Encoded:
+        """Return what the engine would make of that request."""
         from server.engines.embedded.openai_api import parse_job
 
-        job = parse_job(CHAT, self.body(question), self.model.vocab_size)
-        return job.encode(self.model.encoder)[0]
+        sent = self.sent(question)
+        job = parse_job(CHAT, sent.body, self.model.vocab_size)
+        adapters = sorted(sent.adapters, key=lambda use: use.key)
+        return Encoded(job.encode(self.model.encoder)[0], tuple(adapters))
+
+    def _raw(self, question: str) -> bytes:
+        request = {"model": "m", "messages": messages(question, self.system), "temperature": 0}
+        return json.dumps(request).encode()
 
 
 @dataclass(slots=True)
@@ -104,21 +134,42 @@ class Scorer:
         self, system: System, pairs: Sequence[tuple[str, str]], what: str, progress: Progress
     ) -> list[TokenScores]:
         """Return the scores of each (question, answer)."""
-        prompts = {question: system.encode(question) for question, _ in pairs}
-        digests = {q: hashlib.sha256(p.embeds.cpu().numpy().tobytes()) for q, p in prompts.items()}
-        keys = [_key(digests[question].digest(), answer) for question, answer in pairs]
-        missing = [i for i, key in enumerate(keys) if key not in self._seen]
-        for first in range(0, len(missing), BATCH):
-            batch = missing[first : first + BATCH]
-            encoded = [prompts[pairs[i][0]] for i in batch]
-            found = system.model.score_encoded(encoded, [pairs[i][1] for i in batch])
+        asked = {question: system.encode(question) for question, _ in pairs}
+        digests = {question: _digest(encoded) for question, encoded in asked.items()}
+        keys = [_key(digests[question], answer) for question, answer in pairs]
+        missing = list({key: i for i, key in enumerate(keys) if key not in self._seen}.values())
+        done = 0
+        for batch in _batches(missing, [asked[question].adapters for question, _ in pairs]):
+            encoded = [asked[pairs[i][0]] for i in batch]
+            found = system.model.score_encoded(
+                [one.prompt for one in encoded], [pairs[i][1] for i in batch], encoded[0].adapters
+            )
             self._seen.update({keys[i]: score for i, score in zip(batch, found, strict=True)})
-            progress(what, min(first + BATCH, len(missing)), len(missing))
+            done += len(batch)
+            progress(what, done, len(missing))
         return [self._seen[key] for key in keys]
 
 
-def _key(prompt: bytes, answer: str) -> bytes:
-    return hashlib.sha256(prompt + answer.encode()).digest()
+def _batches(
+    places: Sequence[int], adapters: Sequence[tuple[AdapterUse, ...]]
+) -> Iterator[list[int]]:
+    """Put together what runs with the same adapters at the same weights."""
+    alike: dict[tuple[AdapterUse, ...], list[int]] = {}
+    for place in places:
+        alike.setdefault(adapters[place], []).append(place)
+    for group in alike.values():
+        for first in range(0, len(group), BATCH):
+            yield group[first : first + BATCH]
+
+
+def _digest(encoded: Encoded) -> bytes:
+    adapters = json.dumps([(use.key, use.weight) for use in encoded.adapters])
+    embeds = encoded.prompt.embeds.cpu().numpy().tobytes()
+    return hashlib.sha256(adapters.encode() + b"\0" + embeds).digest()
+
+
+def _key(asked: bytes, answer: str) -> bytes:
+    return hashlib.sha256(asked + answer.encode()).digest()
 
 
 def likelihoods(

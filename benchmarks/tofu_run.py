@@ -1,7 +1,9 @@
 """The TOFU pair under every route, beside *retained*: measure each system once, and remember it.
 
 A system's figures are kept in the report's folder as soon as they are there, so that an interrupted
-run goes on with the next system; another pair, bundle, sample or seed begins anew.
+run goes on with the next system; another pair, bundle, sample or seed begins anew. A bundle that
+differs only in what a system doesn't use, as one that got adapters does for corruption, is the
+same to it.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from benchmarks.tofu_measure import (
 from benchmarks.tofu_rows import PairData, Question, sample
 from corruptions.spec import CorruptionSpec
 from guard.build import load_bank, load_guard, make_corrupter, names_of
-from guard.bundle import BundleStore
+from guard.bundle import ADAPTER_FOLDER, Bundle, BundleStore, Manifest
 from guard.keys import GuardKey
 from guard.pipeline import Guard
 from guard.prompts import ModelPrompts
-from guard.types import Progress, TokenScores
+from guard.types import Progress, TargetRoute, TokenScores
 
 if TYPE_CHECKING:
     from server.engines.embedded.model import EmbeddedModel
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
 MODEL_NAME: Final = "tofu"
 ECO_SPEC: Final = CorruptionSpec("random-noise-first-n", 1, 50.0, "entity")
 """ECO's setting in the independent re-run of METHODS section 0: one dimension, strength 50."""
+
+ADAPTER_ROUTES: Final[tuple[TargetRoute, ...]] = ("adapt", "corrupt+adapt")
+GUARDED: Final[tuple[TargetRoute, ...]] = ("corrupt", *ADAPTER_ROUTES)
+"""What flagged requests can take; all of a bundle's targets are made to take one of them."""
 
 LEAK_SHARE: Final = 0.5
 """Share of the true answer's own words in a sample from which on it leaks."""
@@ -122,21 +128,63 @@ class Plan:
             **{kind: list(rows) for kind, rows in self.data.kept.items()},
         }
 
-    def digest(self) -> str:
-        """Return what the figures rest on, as a digest."""
+    def without_adapter(self) -> list[str]:
+        """Return the bundle's targets that have no adapter: with any, no route of adapters runs."""
+        targets = self.store.current().manifest.targets
+        return [name for name, entry in targets.items() if not entry.adapter]
+
+    def digest(self, version: int | None = None) -> str:
+        """Return what the figures rest on, as a digest; of the bundle, the current version."""
         bundle = self.store.current()
         facts = {
             "pair": [(self.pair / name / "model.safetensors").stat().st_size for name in PAIR],
             "about": (self.pair / "pair.json").read_text() if self._described else "",
-            "bundle": [bundle.manifest.version, bundle.manifest.key_id],
+            "bundle": [version or bundle.version, bundle.manifest.key_id],
             "settings": asdict(replace(self.settings, leaks=())),
             "forget": [row.text for row in self.data.forget],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
+    def digests(self, route: str) -> set[str]:
+        """Return the digests of all versions of the bundle that are the same to a route."""
+        bundle = self.store.current()
+        versions = range(1, bundle.version + 1)
+        if route not in GUARDED:
+            return {self.digest(version) for version in versions}
+        used = _used(bundle.manifest, route)
+        there = set(self.store.versions())
+        return {
+            self.digest(version)
+            for version in versions
+            if version in there and _used(_manifest(self.store, version), route) == used
+        }
+
     @property
     def _described(self) -> bool:
         return (self.pair / "pair.json").exists()
+
+
+def _manifest(store: BundleStore, version: int) -> Manifest:
+    bundle = Bundle(store.root, version, store.root / f"{version:06d}", store.key)
+    bundle.close()
+    return bundle.manifest
+
+
+def _used(manifest: Manifest, route: str) -> dict[str, Any]:
+    """Return what figures of a route rest on; which route a target has of its own is no part."""
+    left_out = {"route", "route_reason", "notes", "created_at"}
+    adapts = route in ADAPTER_ROUTES
+    return {
+        "targets": {
+            name: entry.model_dump(exclude=left_out | (set() if adapts else {"adapter"}))
+            for name, entry in manifest.targets.items()
+        },
+        "files": {
+            rel: file.sha256
+            for rel, file in manifest.files.items()
+            if adapts or rel.split("/")[2:3] != [ADAPTER_FOLDER]
+        },
+    }
 
 
 PAIR: Final = ("full", "retained")
@@ -156,8 +204,9 @@ def run_systems(plan: Plan, out: Path, progress: Progress) -> list[Measured]:
     """Measure every system that `out` doesn't hold yet.
 
     Returns:
-        The figures: *retained*, *full*, *full* behind the guard, with other corruptions, and with
-        the prompt baseline.
+        The figures: *retained*, *full*, *full* behind the guard by each route, with other
+        corruptions, and with the prompt baseline. The routes of adapters are left out if a target
+        has none (`Plan.without_adapter`).
     """
     found = [_remembered(plan, out, "retained", "none", progress)]
     seen: dict[bytes, TokenScores] = {}
@@ -168,7 +217,15 @@ def run_systems(plan: Plan, out: Path, progress: Progress) -> list[Measured]:
 
 def _of_full(plan: Plan) -> list[tuple[str, str]]:
     corrupted = [(f"full + {name}", "corrupt") for name in plan.specs]
-    return [("full", "none"), ("full + guard", "corrupt"), *corrupted, ("full + prompt", "prompt")]
+    routes = () if plan.without_adapter() else ADAPTER_ROUTES
+    adapted = [(f"full + guard: {route}", route) for route in routes]
+    return [
+        ("full", "none"),
+        ("full + guard", "corrupt"),
+        *adapted,
+        *corrupted,
+        ("full + prompt", "prompt"),
+    ]
 
 
 def _remembered(
@@ -179,7 +236,7 @@ def _remembered(
     progress: Progress,
     seen: dict[bytes, TokenScores] | None = None,
 ) -> Measured:
-    held = _held(plan, out, name)
+    held = _held(plan, out, name, route)
     measured = None
     if held is not None:
         measured = Measured(**{**held, "likelihoods": from_json(held["likelihoods"])})
@@ -199,7 +256,7 @@ def _remembered(
 
 def _missing_leaks(plan: Plan, measured: Measured) -> list[tuple[int, int]]:
     """Return what of leak@k is still to be sampled; what knows by design is left out."""
-    if measured.name != "retained" and measured.route != "corrupt":
+    if measured.name != "retained" and measured.route not in GUARDED:
         return []
     wanted = plan.settings.leaks
     return [one for one in wanted if f"{one[0]}x{one[1]}" not in measured.leaks]
@@ -209,12 +266,13 @@ def _file(out: Path, name: str) -> Path:
     return out / "systems" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
 
 
-def _held(plan: Plan, out: Path, name: str) -> dict[str, Any] | None:
+def _held(plan: Plan, out: Path, name: str, route: str) -> dict[str, Any] | None:
     """Return what an earlier run measured of the very same."""
     if not _file(out, name).exists():
         return None
     held: dict[str, Any] = json.loads(_file(out, name).read_text(encoding="utf-8"))
-    same = held.pop("run") == plan.digest() and held.pop("spec") == _spec_text(plan, name)
+    same = held.pop("spec") == _spec_text(plan, name)
+    same = held.pop("run") in plan.digests(route) and same
     return held if same else None
 
 
@@ -247,26 +305,33 @@ def _opened(plan: Plan, name: str, route: str) -> Iterator[tuple[System, Endpoin
     weights = plan.pair / ("retained" if name == "retained" else "full")
     engine = BatchEngine(weights, MODEL_NAME, threads=plan.threads)
     guard = None
-    if route == "corrupt":
-        guard = guard_with(plan, weights, plan.specs.get(name.removeprefix("full + ")))
+    if route in GUARDED:
+        spec = plan.specs.get(name.removeprefix("full + "))
+        guard = guard_with(plan, weights, spec, route)
     told = _prompt_baseline(plan.data) if route == "prompt" else None
     with served(engine, guard, MODEL_NAME) as endpoint:
         yield System(name, route, engine.model, guard, told), replace(endpoint, system=told)
 
 
-def guard_with(plan: Plan, weights: Path, spec: CorruptionSpec | None) -> Guard:
-    """Load the bundle's guard; with `spec`, every target is corrupted by that instead."""
+def guard_with(
+    plan: Plan, weights: Path, spec: CorruptionSpec | None, route: TargetRoute = "corrupt"
+) -> Guard:
+    """Load the bundle's guard, all targets on one route; with `spec`, all are corrupted by that.
+
+    Raises:
+        ConfigError: A target has no adapter, and the route needs one.
+    """
     prompts = ModelPrompts.load(str(weights))
-    guard = load_guard(store=plan.store, key=plan.key, prompts=prompts, ledger=None)
+    guard = load_guard(store=plan.store, key=plan.key, prompts=prompts, ledger=None).routed(route)
     if spec is None:
         return guard
-    bank = load_bank(plan.store.current())
-    corrupter = make_corrupter({"spec": spec.to_dict()}, bank, names_of(prompts))
+    bundle = plan.store.current()
+    corrupter = make_corrupter({"spec": spec.to_dict()}, load_bank(bundle), names_of(prompts))
     policies = {
         name: replace(policy, corrupter=corrupter, entity_only=spec.span_policy == "entity")
         for name, policy in guard.targets.items()
     }
-    return Guard(guard.detector, policies, plan.key, prompts, None, guard.version)
+    return Guard(guard.detector, policies, plan.key, prompts, None, guard.version, bundle)
 
 
 def _prompt_baseline(data: PairData) -> str:
@@ -323,10 +388,7 @@ def leaks(answer: str, row: Question) -> bool:
 
 
 def _flagged(system: System, rows: Sequence[Question]) -> float:
-    if system.guard is None:
-        return 0.0
-    bare = replace(system, guard=None)
-    return sum(system.body(row.text) != bare.body(row.text) for row in rows) / len(rows)
+    return sum(system.acts_on(row.text) for row in rows) / len(rows)
 
 
 _BASES: dict[Path, EmbeddedModel] = {}

@@ -34,6 +34,7 @@ _TEMPERATURE: Final = 0.7
 _COUNT: Final = 2
 _ANSWERS: Final = "answers.json"
 _TEACHER: Final = "teacher.safetensors"
+_LEVELS: Final = "levels.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,28 @@ class Levels:
 
     tail: float
     probability: float
+
+
+def find_levels(
+    request: AdapterRequest,
+    pairs: Pairs,
+    model: TrainableModel,
+    identity: str,
+    progress: Progress,
+) -> Levels:
+    """Measure `unrelated_levels`, or take what an earlier run of the same model and rows found."""
+    path, key = _folder(request) / _LEVELS, f"{identity}/{_digest(pairs)}"
+    if path.exists():
+        try:
+            kept = json.loads(path.read_bytes())
+            if kept["identity"] == key:
+                return Levels(float(kept["tail"]), float(kept["probability"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path} can't be read ({error}); delete it") from error
+    levels = unrelated_levels(model, [answer for _, answer in pairs], progress)
+    facts = {"identity": key, "tail": levels.tail, "probability": levels.probability}
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    return levels
 
 
 def unrelated_levels(model: TrainableModel, answers: Sequence[str], progress: Progress) -> Levels:
@@ -102,7 +125,7 @@ def prepare(
 def forget_prepared(request: AdapterRequest) -> None:
     """Delete what was kept for resuming, unless the request names a folder for it."""
     if request.prepared is None:
-        for name in (_ANSWERS, _TEACHER):
+        for name in (_ANSWERS, _TEACHER, _LEVELS):
             (request.out / name).unlink(missing_ok=True)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from guard.cli_session import Session
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 PACKAGED_NAME = "smollm2-135m-instruct"
 _RETRY_S = 5.0
+_LOOK_S = 0.5
 
 
 def make_engine(session: Session, progress: Progress | None = None) -> Engine:
@@ -197,7 +198,7 @@ class CheckState:
 
         def prepare(adapters: Sequence[AdapterUse]) -> None:
             # Called in the thread that follows the bundle; engines belong to the event loop.
-            asyncio.run_coroutine_threadsafe(engine.sync_adapters(adapters), loop).result()
+            _run_in(loop, engine.sync_adapters(adapters))
 
         try:
             await engine.sync_adapters(guard.guard.adapters)
@@ -237,3 +238,26 @@ class CheckState:
                 self.failure = error
                 signal.raise_signal(signal.SIGTERM)  # an orderly stop
                 return
+
+
+def _run_in(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:
+    """Have another thread's loop do some work; a loop that ends meanwhile never would.
+
+    Raises:
+        EngineUnavailableError: It has ended.
+    """
+    from concurrent.futures import wait
+
+    from guard.errors import EngineUnavailableError
+
+    try:
+        future = asyncio.run_coroutine_threadsafe(work, loop)
+    except RuntimeError:
+        work.close()
+        raise EngineUnavailableError("the server stops") from None
+    while not wait([future], _LOOK_S).done:
+        if loop.is_closed():
+            raise EngineUnavailableError("the server stops")
+    if future.cancelled():
+        raise EngineUnavailableError("the server stops")
+    future.result()

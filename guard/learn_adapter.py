@@ -19,9 +19,9 @@ from guard.adapter_choice import RouteChoice, compare_routes
 from guard.adapter_data import (
     Levels,
     answered_pairs,
+    find_levels,
     forget_prepared,
     prepare,
-    unrelated_levels,
 )
 from guard.adapter_request import AdapterRequest, TrainableModel
 from guard.build import ADAPTER_WEIGHTS, check_key, check_model
@@ -138,6 +138,7 @@ def learn_adapter(
         KeyboardInterrupt: On Ctrl-C, with all that was done saved: the same call goes on there.
     """
     bundle = store.current()
+    check_key(bundle, key)
     entry = entry_of(bundle, request.target)
     prompter = make_prompter(request.target, bundle, entry, key, prompts, threads)
     trained = train_adapter(
@@ -152,7 +153,7 @@ def learn_adapter(
     )
     choice = compare_routes(
         trained.pairs,
-        _said(trained.data, model),
+        _said(request, trained.data, model),
         model,
         prompter,
         _spec(entry),
@@ -175,6 +176,7 @@ def learn_adapter(
         version=None,
         notes=_notes(request, choice, route, trained.skipped),
     )
+    forget_prepared(request)
     if request.apply:
         version = _write(result, request, entry, store)
         result = replace(result, version=version)
@@ -186,7 +188,6 @@ def learn_adapter(
                 bundle_version=version,
                 route=route,
             )
-    forget_prepared(request)
     return result
 
 
@@ -222,7 +223,9 @@ def train_adapter(
     pairs, skipped = _pairs(request, bundle, entry, key)
     held = _held_out(request, len(pairs))
     rest = tuple(pair for row, pair in enumerate(pairs) if row not in held)
-    levels = unrelated_levels(model, [answer for _, answer in pairs], progress)
+    if request.restart:
+        forget_prepared(request)
+    levels = find_levels(request, pairs, model, identity, progress)
     data = prepare(request, rest, model, prompter, _spec(entry), levels, progress)
     apart = _orthogonality(request, bundle)
     report = _train(request, data, model, apart, identity, levels, pairs, held, progress)
@@ -444,8 +447,12 @@ def _validation(model: TrainableModel, rows: Pairs, levels: Levels) -> Callable[
     return validate
 
 
-def _said(data: LossData, model: TrainableModel) -> list[list[str]]:
-    """The counterfactual answers as text; none where the loss needs none."""
+def _said(request: AdapterRequest, data: LossData, model: TrainableModel) -> list[list[str]]:
+    """The counterfactual answers as text; none where the loss's alternatives are none."""
+    from adapters.unlearning import LOSSES
+
+    if LOSSES[request.loss].needs != "counterfactuals":
+        return []
     decode = model.tokenizer.decode
     return [
         [decode(one.answer, skip_special_tokens=True) for one in row] for row in data.alternatives
