@@ -289,8 +289,8 @@ class Guard:
         keeps its bytes.
 
         Raises:
-            CannotCorruptError: If a flagged text has no place for embeddings, or a target's route is
-                `refuse`; refuse the request.
+            CannotCorruptError: If a flagged text has no place for embeddings, or a target is to
+                be refused; refuse the request.
             StageError: If rewriting failed.
         """
         request, route = inspection.request, inspection.decision.route
