@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -122,11 +122,7 @@ def make_loss(name: str, data: LossData, **options: Any) -> Loss:
         ConfigError: An option is unknown or out of range, or the alternatives are missing.
         DataError: The alternatives don't fit the forget set, or the tokens the model.
     """
-    kind = LOSSES[name]
-    unknown = sorted(set(options) - set(kind.options))
-    if unknown:
-        known = ", ".join(kind.options) or "none"
-        raise ConfigError(f"loss {name!r} has no option {unknown[0]!r}; its options: {known}")
+    kind = _kind(name, options)
     if data.seed < 0:
         raise ConfigError(f"the seed is {data.seed}; it must be at least 0")
     if kind.needs != "nothing":
@@ -135,6 +131,25 @@ def make_loss(name: str, data: LossData, **options: Any) -> Loss:
         _check_alternatives(data)
     _check_tokens(data)
     return kind.make(data, **options)
+
+
+def check_options(name: str, **options: Any) -> None:
+    """Raise what `make_loss` would of name and options, while there is no data yet.
+
+    Raises:
+        UnknownComponentError: There is no such loss.
+        ConfigError: An option is unknown or out of range.
+    """
+    _kind(name, options).make(LossData(()), **options)
+
+
+def _kind(name: str, options: Mapping[str, Any]) -> LossKind:
+    kind = LOSSES[name]
+    unknown = sorted(set(options) - set(kind.options))
+    if unknown:
+        known = ", ".join(kind.options) or "none"
+        raise ConfigError(f"loss {name!r} has no option {unknown[0]!r}; its options: {known}")
+    return kind
 
 
 def _check_alternatives(data: LossData) -> None:

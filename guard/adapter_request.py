@@ -80,8 +80,8 @@ class AdapterRequest:
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out is {self.held_out}; it must be in [0, 1)")
-        if self.retain_weight < 0:
-            raise ConfigError(f"retain_weight is {self.retain_weight}; it must be at least 0")
+        if not self.retain_weight > 0:
+            raise ConfigError(f"retain_weight is {self.retain_weight}; it must be above 0")
 
 
 class TrainableModel(Protocol):

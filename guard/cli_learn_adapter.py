@@ -145,21 +145,23 @@ def adapter(context: click.Context, /, out: Path, **options: Any) -> None:
 
 def _request(options: dict[str, Any], out: Path, seed: int) -> AdapterRequest:
     import adapters.matched  # noqa: F401  (registers its loss)
-    from adapters.unlearning import LOSSES
+    from adapters.unlearning import LOSSES, check_options
     from guard.adapter_request import AdapterRequest
     from guard.errors import ConfigError
 
     resume = options.pop("resume")
     if resume and options["restart"]:
         raise ConfigError("--resume goes on and --restart begins anew: give one of them")
-    if resume and not out.exists():
+    if resume and not (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"--resume: there is nothing in {out} to go on with")
     given = options.pop("loss_options")
     known = LOSSES[options["loss"]].options
+    chosen = dict(_option(text, known) for text in given)
+    check_options(options["loss"], **chosen)
     return AdapterRequest(
         out=out,
         seed=seed,
-        options=dict(_option(text, known) for text in given),
+        options=chosen,
         alpha=options.pop("alpha") or 2 * options["rank"],
         layers=_layers(options.pop("layers")),
         **options,

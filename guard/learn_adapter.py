@@ -222,6 +222,7 @@ def train_adapter(
     entry = entry_of(bundle, request.target)
     pairs, skipped = _pairs(request, bundle, entry, key)
     held = _held_out(request, len(pairs))
+    _check_settings(request, bool(held), model)
     rest = tuple(pair for row, pair in enumerate(pairs) if row not in held)
     if request.restart:
         forget_prepared(request)
@@ -397,6 +398,20 @@ def _settings(request: AdapterRequest, validated: bool) -> TrainSettings:
         validate_every=_VALIDATE_EVERY if validated else 0,
         patience=request.patience if validated else 0,
     )
+
+
+def _check_settings(request: AdapterRequest, validated: bool, model: TrainableModel) -> None:
+    """Tell now what would be told after minutes of preparation."""
+    import adapters.matched  # noqa: F401  (registers its loss)
+    from adapters.unlearning import check_options
+
+    check_options(request.loss, **request.options)
+    _settings(request, validated)
+    count = model.model.config.num_hidden_layers
+    if request.layers is not None and request.layers[1] > count:
+        raise ConfigError(f"layers is {request.layers}; the model has {count}")
+    if request.retain is not None:
+        answered_pairs(read_rows(request.retain), request.retain)
 
 
 def _loss(

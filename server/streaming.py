@@ -27,6 +27,7 @@ RESPONSE_HEADERS: Final = frozenset(
 )
 _UNPRINTABLE: Final = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
 _MAX_ERROR_BYTES: Final = 65_536
+_TELLING: Final = (b"embed", b"lora")
 
 
 def response_headers(response: EngineResponse) -> Headers:
@@ -93,7 +94,8 @@ async def _deliver(send: Send, chunk: bytes, timeout_s: float) -> None:
 async def relay_refusal(response: EngineResponse, send: Send, timeout_s: float) -> int:
     """Send an error status of the engine on, for a request whose content was replaced.
 
-    The engine's words must not tell what the guard did, so an error about embeddings becomes ours.
+    The engine's words must not tell what the guard did, so an error about embeddings or adapters
+    becomes ours.
 
     Returns:
         The status that was sent.
@@ -104,7 +106,8 @@ async def relay_refusal(response: EngineResponse, send: Send, timeout_s: float) 
             body += chunk
             if len(body) > _MAX_ERROR_BYTES:
                 break
-    if b"embed" in body.lower() or len(body) > _MAX_ERROR_BYTES:
+    told = any(word in body.lower() for word in _TELLING)
+    if told or len(body) > _MAX_ERROR_BYTES:
         error: ApiError = content_refused()
         await send_error(send, error)
         return error.status

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from guard.cli_serve import serve
+from guard.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 VALUES = {"SERVED_NAME": "llama-70b", "MODEL_DIR": "/models/llama-70b"}
@@ -61,6 +63,46 @@ def test_guard_and_vllm_fit_together(guard: list[str], vllm: list[str], host: st
     assert taken["model"] == theirs["--model"]
     assert "--enable-prompt-embeds" in theirs
     assert "--chat-template" not in theirs
+
+
+@pytest.mark.parametrize("vllm", [vllm for _, vllm, _ in pairs()], ids=["compose", "kubernetes"])
+def test_vllm_takes_the_adapters_that_the_guard_gives_it(vllm: list[str]) -> None:
+    theirs, settings = flags(vllm), Settings()
+    assert "--enable-lora" in theirs
+    assert int(theirs["--max-loras"]) >= 1
+    assert int(theirs["--max-cpu-loras"]) >= settings.max_loaded_adapters
+    assert int(theirs["--max-lora-rank"]) >= settings.max_lora_rank
+    modules = listed(vllm, "--lora-target-modules")
+    assert {"q_proj", "v_proj", "down_proj"} <= set(modules)
+    assert not [name for name in modules if "embed" in name], "they break --enable-prompt-embeds"
+    if "--data-parallel-size" in theirs:
+        assert theirs["--api-server-count"] == "1", "each API server knows only its own adapters"
+
+
+def test_guard_and_vllm_share_the_adapters_folder() -> None:
+    compose = documents("compose/compose.yaml")[0]["services"]
+    guard, vllm = compose["guard"], compose["vllm"]
+    folder = guard["environment"]["UNLEARN_GUARD_ADAPTER_DIR"]
+    assert f"adapters:{folder}" in guard["volumes"]
+    (shared,) = [one for one in vllm["volumes"] if isinstance(one, dict)]
+    assert (shared["source"], shared["target"], shared["read_only"]) == ("adapters", folder, True)
+    assert vllm["environment"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+    pod = containers("kubernetes/serve.yaml", "Deployment")
+    env = {name: {one["name"]: one["value"] for one in pod[name]["env"]} for name in pod}
+    folder = env["guard"]["UNLEARN_GUARD_ADAPTER_DIR"]
+    mounts = {
+        name: {one["mountPath"]: one for one in pod[name]["volumeMounts"]}[folder] for name in pod
+    }
+    assert mounts["guard"]["name"] == mounts["vllm"]["name"]
+    assert mounts["vllm"]["readOnly"] and not mounts["guard"].get("readOnly")
+    assert env["vllm"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+
+def listed(arguments: list[str], flag: str) -> list[str]:
+    """The values that follow a flag."""
+    after = arguments[arguments.index(flag) + 1 :]
+    return list(takewhile(lambda word: not word.startswith("-"), after))
 
 
 def test_clients_reach_only_guards() -> None:

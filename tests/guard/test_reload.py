@@ -1,15 +1,21 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from guard.errors import ArtifactError, EngineUnavailableError, StageError
+from guard.errors import (
+    ArtifactError,
+    EngineError,
+    EngineUnavailableError,
+    StageError,
+)
 from guard.pipeline import Inspection, Rewritten
 from guard.reload import LiveGuard
 from guard.request import parse_request
-from guard.types import Decision
+from guard.types import AdapterUse, Decision
 
 CHAT = "/v1/chat/completions"
 BODY = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}]}).encode()
@@ -21,6 +27,12 @@ class VersionedGuard:
 
     version: int
     recorded: list[Inspection] = field(default_factory=list)
+
+    @property
+    def adapters(self) -> tuple[AdapterUse, ...]:
+        """One of every version's own, and one of all versions."""
+        names = (f"of version {self.version}", "of all")
+        return tuple(AdapterUse(name, Path(name), 8, 1.0) for name in names)
 
     def inspect(self, endpoint: str, body: bytes) -> Inspection:
         return Inspection(parse_request(endpoint, body), Decision(True, "corrupt", 1.0, ()))
@@ -101,6 +113,64 @@ def test_nothing_is_decided_before_the_self_check() -> None:
     assert not isinstance(caught.value, StageError)  # which `on_error: pass` would let through
     live.open()
     assert live.inspect(CHAT, BODY).decision.flagged
+
+
+class Preparing:
+    """What makes adapters ready: notes what was asked, and which version was in use then."""
+
+    def __init__(self, live: LiveGuard, fails_at: int = 0, error: Exception | None = None) -> None:
+        self.live, self.fails_at, self.error = live, fails_at, error
+        self.calls: list[tuple[int, list[str]]] = []
+        live.prepare = self
+
+    def __call__(self, adapters: Sequence[AdapterUse]) -> None:
+        self.calls.append((self.live.guard.version, [use.key for use in adapters]))
+        if len(self.calls) == self.fails_at and self.error is not None:
+            raise self.error
+
+
+def test_adapters_of_both_versions_are_ready_while_they_change() -> None:
+    shelf = Shelf()
+    preparing = Preparing(shelf.live())
+    assert preparing.live.refresh() is False
+    assert preparing.calls == []
+    shelf.version = 2
+    assert preparing.live.refresh() is True
+    assert preparing.calls == [
+        (1, ["of version 1", "of all", "of version 2", "of all"]),
+        (2, ["of version 2", "of all"]),
+    ]
+
+
+@pytest.mark.parametrize("error", [EngineError("no room"), ArtifactError("x"), OSError("full")])
+def test_a_version_whose_adapters_cannot_be_made_ready_is_not_used(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf = Shelf()
+    preparing = Preparing(shelf.live(), fails_at=1, error=error)
+    shelf.version = 2
+    assert preparing.live.refresh() is False
+    assert preparing.live.guard.version == 1
+    assert f"version 1 stays: {error}" in caplog.text
+    shelf.version = 3
+    assert preparing.live.refresh() is True
+    assert preparing.calls[1:] == [
+        (1, ["of version 1", "of all", "of version 3", "of all"]),
+        (3, ["of version 3", "of all"]),
+    ]
+
+
+@pytest.mark.parametrize("error", [EngineError("busy"), OSError("full")])
+def test_a_version_is_used_though_old_adapters_cannot_be_given_up(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf = Shelf()
+    preparing = Preparing(shelf.live(), fails_at=2, error=error)
+    shelf.version = 2
+    assert preparing.live.refresh() is True
+    assert preparing.live.guard.version == 2
+    assert f"may still be loaded: {error}" in caplog.text
+    assert preparing.live.refresh() is False
 
 
 def test_it_follows_by_itself() -> None:

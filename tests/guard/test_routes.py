@@ -5,125 +5,44 @@ The detector flags texts that hold certain words; embeddings are those of the re
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from guard.embeds import decode_embeds
 from guard.errors import CannotCorruptError, ConfigError
 from guard.keys import GuardKey
 from guard.pipeline import Guard, Rewritten, TargetPolicy
 from guard.prompts import ModelPrompts
-from guard.types import (
-    AdapterUse,
-    BoolArray,
-    Detection,
-    FloatArray,
-    TargetRoute,
-    TextHit,
+from guard.types import Detection, TargetRoute, TextHit
+from tests.guard.routed import (
+    ANN,
+    BENIGN,
+    BOTH,
+    FILLED,
+    WEIGHTS,
+    Filling,
+    Names,
+    adapter,
+    chat,
+    filled,
+    fillings,
+    guard_of,
+    policy,
+    tool,
 )
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-WEIGHTS = {"ann": 0.5, "bob": 1.0, "cid": 0.75}
-ANN = "Where does ann live?"
-BOTH = "Did ann ever meet bob?"
-BENIGN = "How do I bake bread?"
 ROUTES: tuple[TargetRoute, ...] = ("corrupt", "adapt", "corrupt+adapt", "refuse")
-
-
-class Names:
-    """Flags texts that hold a target's name; a later name is the surer hit."""
-
-    targets = tuple(WEIGHTS)
-
-    def detect(self, texts: Sequence[str]) -> Detection:
-        hits = tuple(tuple(self._hits(text)) for text in texts)
-        margins = np.array([1.0 if some else -1.0 for some in hits], np.float32)
-        return Detection(hits, margins, np.ones(len(texts), np.float32))
-
-    def spans(self, text: str, target: str) -> list[tuple[int, int]]:
-        start = text.find(target)
-        return [(start, start + len(target))] if start >= 0 else []
-
-    def _hits(self, text: str) -> list[TextHit]:
-        return [
-            TextHit(name, float(number), 0.01 / number, weight)
-            for number, (name, weight) in enumerate(WEIGHTS.items(), start=1)
-            if name in text
-        ]
-
-
-@dataclass(frozen=True)
-class Filling:
-    """Fills the marked rows with one number, so that a test sees who wrote them."""
-
-    number: float
-
-    def __call__(
-        self, embeddings: FloatArray, positions: BoolArray, seed: bytes, frame: BoolArray
-    ) -> FloatArray:
-        filled = embeddings.copy()
-        filled[positions] = self.number
-        return filled
-
-    def stand_ins(
-        self, corrupted: FloatArray, positions: BoolArray
-    ) -> list[tuple[int, int, tuple[str, ...]]]:
-        return []
-
-
-FILLED = {name: float(number) for number, name in enumerate(WEIGHTS, start=2)}
-
-
-def adapter(name: str, weight: float = 1.0) -> AdapterUse:
-    return AdapterUse(f"key of {name}", Path(name), 8, weight)
-
-
-def policy(name: str, route: TargetRoute) -> TargetPolicy:
-    return TargetPolicy("enforced", Filling(FILLED[name]), route=route, adapter=adapter(name))
-
-
-def guard_of(
-    prompts: ModelPrompts | None,
-    routes: Mapping[str, TargetRoute],
-    detecting: Sequence[str] = (),
-) -> Guard:
-    policies = {name: policy(name, routes.get(name, "corrupt")) for name in WEIGHTS}
-    policies |= {name: replace(policies[name], status="detecting") for name in detecting}
-    return Guard(Names(), policies, GuardKey(bytes(32)), prompts)
-
-
-def chat(*contents: Any, **fields: Any) -> bytes:
-    messages = [{"role": "user", "content": content} for content in contents]
-    return json.dumps({"model": "m", "messages": messages, **fields}).encode()
-
-
-def tool(words: str) -> dict[str, Any]:
-    """A field of a request that no embeddings can take the place of."""
-    return {"tools": [{"type": "function", "function": {"name": "f", "description": words}}]}
 
 
 def answered(guard: Guard, body: bytes, endpoint: str = CHAT) -> tuple[str, Rewritten]:
     inspection = guard.inspect(endpoint, body)
     return inspection.decision.route, guard.rewrite(inspection)
-
-
-def fillings(part: str) -> set[float]:
-    """Which targets' numbers fill whole rows of sent embeddings."""
-    rows = decode_embeds(base64.b64decode(part), 10_000_000)
-    return {number for number in FILLED.values() if (rows == number).all(axis=1).any()}
-
-
-def filled(body: bytes, message: int = 0) -> set[float]:
-    content = json.loads(body)["messages"][message]["content"]
-    return fillings(content[0]["data"]) if isinstance(content, list) else set()
 
 
 # --- One target ----------------------------------------------------------------------------------
@@ -227,15 +146,15 @@ def test_routes_of_two_targets_are_taken_together(
 
 def test_detecting_targets_never_act(prompts: ModelPrompts) -> None:
     for route in ROUTES:
-        guard = guard_of(prompts, dict.fromkeys(WEIGHTS, route), detecting=WEIGHTS)
+        guard = guard_of(prompts, dict.fromkeys(WEIGHTS, route), detecting=tuple(WEIGHTS))
         decision = guard.inspect(CHAT, chat(BOTH)).decision
         assert (decision.flagged, decision.route) == (True, "pass")
     mixed = guard_of(prompts, {"ann": "adapt", "bob": "refuse"}, detecting=["bob"])
-    route, sent = answered(mixed, chat(BOTH))
-    assert (route, sent.adapters) == ("adapt", (adapter("ann", 0.5),))
+    taken, sent = answered(mixed, chat(BOTH))
+    assert (taken, sent.adapters) == ("adapt", (adapter("ann", 0.5),))
     corrupting = guard_of(prompts, {"ann": "corrupt", "bob": "corrupt+adapt"}, detecting=["bob"])
-    route, sent = answered(corrupting, chat(BOTH))
-    assert (route, sent.adapters, filled(sent.body)) == ("corrupt", (), {FILLED["ann"]})
+    taken, sent = answered(corrupting, chat(BOTH))
+    assert (taken, sent.adapters, filled(sent.body)) == ("corrupt", (), {FILLED["ann"]})
 
 
 # --- Where no embeddings fit ---------------------------------------------------------------------
