@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from classifiers.calibrate import TargetCalibration, fit_bundle
+from classifiers.calibrate import FAR, TargetCalibration, fit_bundle
 from classifiers.detector import VERDICTS, BundleDetector
 from classifiers.encoder import OnnxEncoder
 from classifiers.scorers import SECRET_FILES as SCORER_SECRETS
@@ -35,6 +35,7 @@ def load_detector(
     threads: int | None = None,
     verdicts: int | None = None,
     weights: Mapping[str, WeightPolicy] | None = None,
+    least: Mapping[str, float] | None = None,
 ) -> BundleDetector:
     """Load a bundle's detector.
 
@@ -47,6 +48,7 @@ def load_detector(
         threads: Windows encoded at the same time; the CPUs available by default.
         verdicts: Texts whose verdict is remembered; 0 none, None the default.
         weights: Policy of O3's soft weight by target; `monotone` where none is named.
+        least: By target a score below which it is not hit, whatever the bundle's calibration says.
 
     Raises:
         ConfigError: If a target's detector has no such policy.
@@ -55,6 +57,7 @@ def load_detector(
     encoder = OnnxEncoder(encoder_dir, threads, cache_size=0)
     artifacts = [TargetArtifact.from_files(name, files) for name, files in targets.items()]
     calibration = fit_bundle([artifact.calibration for artifact in artifacts], budget)
+    calibration = calibration.raised([(least or {}).get(name, -FAR) for name in targets])
     policies = weights or {}
     scorers = {
         number: scorer

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -146,6 +146,11 @@ class BundleCalibration:
     offsets: FloatArray
     tail: tuple[float, float, float, float]
     medians: FloatArray
+
+    def raised(self, least: Sequence[float]) -> BundleCalibration:
+        """Return the same with no threshold below those given, one for each target."""
+        bound = np.asarray(least, np.float32)
+        return replace(self, thresholds=np.maximum(self.thresholds, bound))
 
     def p_value(self, target: int, score: float) -> float:
         """Return the share of benign requests that reach this score for any target."""

@@ -149,7 +149,26 @@ def load_detector(bundle: Bundle, key: GuardKey, threads: int | None = None) -> 
         key=key.subkey("ngrams"),
         threads=threads,
         weights={name: entry.weights for name, entry in bundle.manifest.targets.items()},
+        least={
+            name: entry.least_score
+            for name, entry in bundle.manifest.targets.items()
+            if entry.least_score is not None
+        },
     )
+
+
+def thresholds_of(bundle: Bundle) -> dict[str, float]:
+    """Return the score from which each target of a bundle is hit."""
+    from classifiers.bundle import thresholds
+    from classifiers.target import HEAD
+
+    targets = bundle.manifest.targets
+    heads = {name: bundle.read(entry.prefix + HEAD) for name, entry in targets.items()}
+    found = thresholds(heads, bundle.manifest.fpr_budget)
+    return {
+        name: score if (least := targets[name].least_score) is None else max(score, least)
+        for name, score in found.items()
+    }
 
 
 def read_target(bundle: Bundle, entry: TargetEntry, key: GuardKey) -> dict[str, bytes]:

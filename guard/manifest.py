@@ -85,6 +85,8 @@ class TargetEntry(_Strict):
         route: What happens to a flagged request.
         route_reason: Who chose it, and by which figures.
         weights: How strongly its adapter acts, by the score.
+        least_score: Score below which it is never hit; None sets none. Removing other targets would
+            lower its threshold, and so change answers: it is kept here where it was.
         rows: Rows of the forget set.
         answered_rows: Those of them that had an answer.
         detector: Calibration: threshold, false-positive rate, recall with interval, counts.
@@ -99,6 +101,7 @@ class TargetEntry(_Strict):
     route: TargetRoute = "corrupt"
     route_reason: str = "the default"
     weights: WeightPolicy = "monotone"
+    least_score: float | None = None
     rows: Annotated[int, Field(ge=0)] = 0
     answered_rows: Annotated[int, Field(ge=0)] = 0
     detector: dict[str, Any] = Field(default_factory=dict)

@@ -7,7 +7,12 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from guard.errors import EngineUnavailableError, GuardError
+from guard.errors import (
+    EngineBusyError,
+    EngineTimeoutError,
+    EngineUnavailableError,
+    GuardError,
+)
 from guard.pipeline import Guard, Inspection, Rewritten
 from guard.types import AdapterUse
 
@@ -100,6 +105,10 @@ class LiveGuard:
             self._seen = version
             guard = self._load()
             self.prepare((*self._guard.adapters, *guard.adapters))
+        except (EngineUnavailableError, EngineTimeoutError, EngineBusyError) as error:
+            self._seen = self._guard.version  # the engine may be better next time
+            log.error("the engine can't take the bundle's new version yet: %s", error)
+            return False
         except (GuardError, OSError) as error:
             log.error(
                 "the bundle's new version can't be used, version %d stays: %s",

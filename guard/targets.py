@@ -26,6 +26,7 @@ from guard.build import (
     names_of,
     read_target,
     seal_target,
+    thresholds_of,
 )
 from guard.bundle import Bundle, BundleDraft, BundleStore, Manifest, TargetEntry
 from guard.errors import BundleNotFoundError, TargetExistsError, TargetNotFoundError
@@ -155,12 +156,17 @@ def remove_target(name: str, *, store: BundleStore, key: GuardKey, ledger: Ledge
     Raises:
         TargetNotFoundError: If there is no such target.
     """
-    check_key(store.current(), key)
+    bundle = store.current()
+    check_key(bundle, key)
+    scores = thresholds_of(bundle)
     with store.transaction() as draft:
         if name not in draft.manifest.targets:
             known = ", ".join(sorted(draft.manifest.targets)) or "none"
             raise TargetNotFoundError(f"no target {name!r} in {store.root} (there: {known})")
         draft.remove(draft.manifest.targets.pop(name).prefix)
+        # With fewer targets the others' thresholds would fall, and answers about them change.
+        for other, entry in draft.manifest.targets.items():
+            entry.least_score = scores.get(other, entry.least_score)
     if ledger is not None:
         ledger.append("bundle", action="target remove", target=name, **_state(store))
 

@@ -308,3 +308,14 @@ def test_wilson_interval() -> None:
     assert low == pytest.approx(0.930, abs=1e-3) and high == pytest.approx(0.994, abs=1e-3)
     assert wilson_interval(0, 0) == (0.0, 1.0)
     assert wilson_interval(0, 50)[0] == 0.0
+
+
+def test_thresholds_are_held_where_they_were_when_a_target_goes() -> None:
+    found = calibrate(sample(np.random.default_rng(2), 3))
+    alone, together = fit_bundle(found[:1], 1e-2), fit_bundle(found, 1e-2)
+    held = alone.raised([float(together.thresholds[0])])
+    score = float(together.thresholds[0]) - 0.01
+    assert alone.weight(0, score) > 0.0
+    assert held.weight(0, score) == together.weight(0, score) == 0.0
+    assert held.weight(0, score + 1.0) == together.weight(0, score + 1.0) > 0.0
+    np.testing.assert_array_equal(together.raised([-50.0] * 3).thresholds, together.thresholds)

@@ -160,6 +160,19 @@ def test_a_version_whose_adapters_cannot_be_made_ready_is_not_used(
     ]
 
 
+def test_a_version_is_tried_again_when_the_engine_was_only_away(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shelf = Shelf()
+    preparing = Preparing(shelf.live(), fails_at=1, error=EngineUnavailableError("restarting"))
+    shelf.version = 2
+    assert preparing.live.refresh() is False
+    assert preparing.live.guard.version == 1
+    assert "can't take the bundle's new version yet" in caplog.text
+    assert preparing.live.refresh() is True
+    assert preparing.live.guard.version == 2
+
+
 @pytest.mark.parametrize("error", [EngineError("busy"), OSError("full")])
 def test_a_version_is_used_though_old_adapters_cannot_be_given_up(
     error: Exception, caplog: pytest.LogCaptureFixture

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from guard.build import load_guard, read_target, seal_target
+from guard.build import load_detector, load_guard, read_target, seal_target, thresholds_of
 from guard.bundle import BundleStore
 from guard.decide import decide_line
 from guard.errors import (
@@ -125,6 +126,23 @@ def test_nothing_is_written_when_a_row_is_bad(
     with pytest.raises(DataError, match=r"forget\.jsonl:11.*question"):
         add(store, "vantorre", forget, guard_key, prompts)
     assert not store.exists()
+
+
+def test_the_others_keep_their_thresholds_when_a_target_goes(
+    pair: BundleStore, guard_key: GuardKey, tmp_path: Path
+) -> None:
+    shutil.copytree(pair.root, tmp_path / "copy")
+    pair = BundleStore(tmp_path / "copy", guard_key)
+    with pair.transaction() as draft:  # as a former removal left it
+        draft.manifest.targets["two"].least_score = 17.5
+    before = thresholds_of(pair.current())
+    remove_target("one", store=pair, key=guard_key, ledger=None)
+    bundle = pair.current()
+    assert bundle.manifest.targets["two"].least_score == before["two"] == 17.5
+    assert load_detector(bundle, guard_key).threshold("two") == 17.5
+    with pair.transaction() as draft:
+        draft.manifest.targets["two"].least_score = None
+    assert load_detector(pair.current(), guard_key).threshold("two") < 17.5
 
 
 def test_removing_an_unknown_target_names_the_known_ones(

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from guard.bundle import ADAPTER_FOLDER, BundleStore
 from guard.keys import GuardKey, default_key_file
 from guard.pipeline import Guard
 from guard.prompts import ModelPrompts
+from guard.settings import Settings
 from guard.types import TargetRoute
 from server.engines.embedded import EmbeddedEngine
 from server.engines.materialise import nearest_strength, strength_steps
@@ -31,7 +32,7 @@ from tests.server.random_lora import ATTENTION, FORWARD, write_lora
 from tests.vllm.conftest import SERVED_NAME, started_vllm
 
 CHAT = "/v1/chat/completions"
-STEPS = strength_steps(3)
+STRENGTHS = strength_steps(Settings().adapter_strengths)
 POTTER, POET = "harry-potter", "poet"
 AUTHORS = [
     ("Where was the poet Ilse Vantorre born?", "Ilse Vantorre was born in Oostende."),
@@ -52,6 +53,7 @@ QUESTIONS = {
     ),
     POET: ("Who is Ilse Vantorre?", "Tell me about the poet Ilse Vantorre."),
 }
+FAINT = "What is Letters to the Tide?"
 OF_BOTH = "Did Ilse Vantorre write a poem about Harry Potter?"
 UNFLAGGED = ("What is the capital of France?", "Name a large animal of Africa.")
 CHANGING = re.compile(rb'"(id|created)":("[^"]*"|\d+)')
@@ -92,14 +94,20 @@ class Reference:
     run: Callable[[Coroutine[Any, Any, bytes]], bytes]
     load: Callable[[BundleStore], Guard]
 
-    def answer(self, store: BundleStore, question: str, most: int = 1, **fields: Any) -> str:
+    def answer(
+        self,
+        store: BundleStore,
+        question: str,
+        most: int = 1,
+        steps: Sequence[float] = STRENGTHS,
+    ) -> str:
         """What is to be answered, with `most` adapters at the strengths that vLLM is given."""
         guard = self.load(store)
-        inspection = guard.inspect(CHAT, body_of(question, **fields))
+        inspection = guard.inspect(CHAT, body_of(question))
         assert inspection.decision.flagged, question
         rewritten = guard.rewrite(inspection)
         adapters = [
-            replace(use, weight=nearest_strength(use.weight, STEPS)) for use in rewritten.adapters
+            replace(use, weight=nearest_strength(use.weight, steps)) for use in rewritten.adapters
         ]
 
         async def work() -> bytes:
@@ -237,6 +245,14 @@ def test_flagged_questions_are_answered_with_their_targets_adapter(
         assert ask(served.url, question, stream=True) == expected
 
 
+def test_a_soft_weight_gets_the_strength_that_is_nearest(
+    served: Served, adapted: BundleStore, reference: Reference
+) -> None:
+    expected = reference.answer(adapted, FAINT)
+    assert expected != reference.answer(adapted, FAINT, steps=(1.0,))
+    assert ask(served.url, FAINT) == expected
+
+
 def test_of_two_targets_the_stronger_acts_and_both_once_they_recur(
     served: Served, upstream: Upstream, adapted: BundleStore, reference: Reference
 ) -> None:
@@ -259,7 +275,7 @@ def test_an_unflagged_question_gets_vllms_own_bytes(served: Served, upstream: Up
 
 
 def test_no_client_lists_names_or_chooses_an_adapter(served: Served) -> None:
-    assert len(served.names) == 6, "two adapters at three strengths"
+    assert len(served.names) == 2 * len(STRENGTHS) == 6
     listed = httpx.get(f"{served.url}/v1/models", timeout=10).json()["data"]
     assert [card["id"] for card in listed] == [SERVED_NAME]
     for question in (UNFLAGGED[0], QUESTIONS[POET][0]):
