@@ -220,11 +220,13 @@ def tail_likelihood(levels: Sequence[Tensor]) -> float:
     Returns:
         The mean over answers.
     """
-    tails = []
-    for one in levels:
-        told = one[: max(len(one) - 1, 1)].sort().values
-        tails.append(told[: max(int(TAIL * len(told)), 1)].mean())
-    return float(torch.stack(tails).mean())
+    told = [one[: max(len(one) - 1, 1)] for one in levels]
+    return float(torch.stack([tail_of(one) for one in told]).mean())
+
+
+def tail_of(log_probs: Tensor) -> Tensor:
+    """Return the mean of the least likely 40 % of one answer's tokens, shape (tokens,)."""
+    return log_probs.sort().values[: max(int(TAIL * len(log_probs)), 1)].mean()
 
 
 def given_tokens(tokenizer: Any, question: str, answer: str, tokens: int) -> list[bool]:

@@ -23,9 +23,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
+from benchmarks.answers import rouge_l_recall
 from benchmarks.merged_model import built
 from benchmarks.tofu_pair import base_fingerprint
-from guard.bundle import CURRENT, BundleStore
+from guard.bundle import ADAPTER_WEIGHTS, CURRENT, BundleStore
 from guard.disk import disk_errors, link_or_copy, relative_files, replace_file
 from guard.errors import ArtifactError, ConfigError
 from guard.keys import GuardKey
@@ -247,7 +248,7 @@ class RequestSequence:
     # --- Adapters ------------------------------------------------------------------------------
 
     def _adapter(self, variant: Variant, name: str) -> Path:
-        from guard.learn_adapter import TRAINING
+        from guard.adapter_training import TRAINING
 
         return self._folder(variant, name) / TRAINING
 
@@ -257,7 +258,9 @@ class RequestSequence:
     def _train(self, number: int, variant: Variant, progress: Progress) -> None:
         """Train one request's adapter by a variant, unless that was done."""
         from guard.adapter_request import AdapterRequest
+        from guard.adapter_training import train_adapter
         from guard.learn_adapter import learn_adapter
+        from guard.learn_inputs import entry_of, make_prompter
 
         name = self.names[number]
         folder = self._folder(variant, name)
@@ -276,18 +279,31 @@ class RequestSequence:
             "apply": variant == self.settings.variants[0],
         }
         what = f"request {number + 1} of {len(self.names)}, {variant}"
-        result = learn_adapter(
-            AdapterRequest(**{**fields, **self.settings.training}),
-            store=self.store,
-            key=self.key,
-            prompts=self.prompts,
-            model=self.model,
-            identity=self.identity,
-            ledger=None,
-            progress=lambda step, done, total: progress(f"{what}: {step}", done, total),
-            threads=self.threads,
-        )
-        figures = {"train_s": result.report.seconds, "adapter_mb": result.bytes / 1e6}
+        shared: dict[str, Any] = {
+            "key": self.key,
+            "prompts": self.prompts,
+            "model": self.model,
+            "identity": self.identity,
+            "progress": lambda step, done, total: progress(f"{what}: {step}", done, total),
+        }
+        request = AdapterRequest(**{**fields, **self.settings.training})
+        if request.apply:
+            seconds = learn_adapter(
+                request,
+                store=self.store,
+                ledger=None,
+                shared_words=rouge_l_recall,
+                threads=self.threads,
+                **shared,
+            ).report.seconds
+        else:
+            bundle = self.store.current()
+            entry = entry_of(bundle, name)
+            prompter = make_prompter(name, bundle, entry, self.key, self.prompts, self.threads)
+            trained = train_adapter(request, bundle=bundle, prompter=prompter, **shared)
+            seconds = trained.report.seconds
+        size = (self._adapter(variant, name) / ADAPTER_WEIGHTS).stat().st_size
+        figures = {"train_s": seconds, "adapter_mb": size / 1e6}
         replace_file(folder / _DONE, json.dumps(figures).encode())
 
     def trained(self, variant: Variant) -> list[dict[str, float]]:

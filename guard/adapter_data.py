@@ -76,22 +76,20 @@ def find_levels(
 
 def unrelated_levels(model: TrainableModel, answers: Sequence[str], progress: Progress) -> Levels:
     """Measure the surrogate of a retained model's likelihoods."""
-    from adapters.matched import TAIL
+    import torch
+
+    from adapters.matched import tail_of
     from corruptions.objective import UNRELATED_QUESTIONS
 
     tails, means = [], []
     for number, question in enumerate(UNRELATED_QUESTIONS):
         progress("levels of the unknown", number, len(UNRELATED_QUESTIONS))
         found = model.score_answers([(Message("user", question),)] * len(answers), answers)
-        tails.append([_tail(row, TAIL) for row in found])
+        tails.append([float(tail_of(torch.from_numpy(row))) for row in found])
         means.append([float(row.mean()) for row in found])
     progress("levels of the unknown", len(UNRELATED_QUESTIONS), len(UNRELATED_QUESTIONS))
     least = np.min(means, axis=0)
     return Levels(float(np.mean(np.min(tails, axis=0))), float(np.mean(np.exp(least))))
-
-
-def _tail(row: Any, share: float) -> float:
-    return float(np.mean(np.sort(row)[: max(int(share * len(row)), 1)]))
 
 
 def prepare(

@@ -12,11 +12,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from guard.bundle import ADAPTER_FOLDER, Bundle, BundleStore, TargetEntry
+from guard.bundle import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    Bundle,
+    BundleStore,
+    TargetEntry,
+)
 from guard.errors import ArtifactError, IncompatibleArtifactError
 from guard.keys import GuardKey
 from guard.ledger import Ledger
-from guard.pipeline import Guard, TargetPolicy
+from guard.pipeline import Guard
+from guard.policy import TargetPolicy
 from guard.prompts import ModelFingerprint, ModelPrompts
 from guard.rewrite import Corrupter
 from guard.types import AdapterUse, BoolArray, Detector, FloatArray
@@ -29,7 +37,6 @@ SPACE_FILE = "detector/space.safetensors"
 BACKGROUND_FILE = "detector/background.safetensors"
 SEALED = ".enc"
 BANK_FILE = "corruption/bank.safetensors"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def load_guard(
@@ -86,8 +93,9 @@ def adapter_of(bundle: Bundle, entry: TargetEntry) -> AdapterUse | None:
     if not entry.adapter:
         return None
     folder = f"{entry.prefix}{ADAPTER_FOLDER}"
-    weights = bundle.manifest.files[f"{folder}/{ADAPTER_WEIGHTS}"]
-    return AdapterUse(weights.sha256, bundle.path(folder), int(entry.adapter["rank"]), 1.0)
+    files = bundle.manifest.files
+    key = "-".join(files[f"{folder}/{n}"].sha256 for n in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    return AdapterUse(key, bundle.path(folder), int(entry.adapter["rank"]), 1.0)
 
 
 def check_key(bundle: Bundle, key: GuardKey) -> None:

@@ -71,6 +71,8 @@ __all__ = [
 CURRENT = "current"
 DIGESTS_NAME = "digests.json"
 ADAPTER_FOLDER = "adapter"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""An adapter's two files, as peft and vLLM name them."""
 _VERSION = re.compile(r"[0-9]{6,}")
 _SEAL_PURPOSE = "bundle/manifest"
 

@@ -53,8 +53,8 @@ def losses(
     from benchmarks.tofu_pair import read_pair
     from benchmarks.tofu_rows import load_pair_data
     from guard.adapter_request import AdapterRequest
+    from guard.adapter_training import train_adapter
     from guard.console import note, print_table, progress_display
-    from guard.learn_adapter import train_adapter
     from guard.learn_inputs import entry_of, make_prompter
 
     session: Session = context.obj

@@ -268,7 +268,7 @@ def route(session: Session, /, name: str, route: Any, weights: Any, **flags: Any
     trains it, and chooses the route by evaluation), `corrupt+adapt` does both, `refuse` declines.
     """
     from guard.console import note
-    from guard.learn_adapter import set_route
+    from guard.target_route import set_route
 
     if route is None and weights is None:
         raise click.UsageError("give a ROUTE, or --weights, or both")

@@ -14,14 +14,14 @@ import numpy as np
 
 from guard.chat_template import PART_SEPARATOR, content_parts
 from guard.embeds import best_dtype, embeds_part
-from guard.errors import CannotCorruptError, ConfigError, StageError
+from guard.errors import CannotCorruptError, StageError
 from guard.keys import GuardKey
 from guard.ledger import Ledger
+from guard.policy import TargetPolicy, route_of
 from guard.prompts import ContentTokens, ModelPrompts
 from guard.request import ParsedRequest, parse_request, replace_contents
 from guard.rewrite import (
     CorruptedText,
-    Corrupter,
     Corruption,
     StandIn,
     corrupted_embeddings,
@@ -34,12 +34,10 @@ from guard.types import (
     Detection,
     Detector,
     FloatArray,
-    Route,
     Segment,
     Span,
     TargetHit,
     TargetRoute,
-    TargetStatus,
     TextHit,
 )
 from guard.view import Reading, readings, source_span
@@ -49,44 +47,6 @@ ANSWER_PENALTY: Final = 0.3
 name, a small model under greedy decoding goes round in circles (docs/corruptions.md)."""
 
 _PENALTIES: Final = ("frequency_penalty", "presence_penalty", "repetition_penalty")
-
-
-@dataclass(frozen=True, slots=True)
-class TargetPolicy:
-    """What is done when one target is hit.
-
-    Attributes:
-        status: `enforced` acts, `detecting` only records.
-        corrupter: The target's corruption.
-        entity_only: Corrupt what the span finder names; otherwise all of a flagged text.
-        route: What happens to a request that touches it.
-        adapter: The target's adapter, for routes that adapt; its weight is the hit's to say.
-    """
-
-    status: TargetStatus
-    corrupter: Corrupter
-    entity_only: bool = True
-    route: TargetRoute = "corrupt"
-    adapter: AdapterUse | None = None
-
-    def __post_init__(self) -> None:
-        if self.adapts and self.adapter is None:
-            raise ConfigError(f"the route {self.route} needs an adapter, and there is none")
-
-    @property
-    def corrupts(self) -> bool:
-        """Whether the route corrupts embeddings."""
-        return self.route in ("corrupt", "corrupt+adapt")
-
-    @property
-    def adapts(self) -> bool:
-        """Whether the route uses the adapter."""
-        return self.route in ("adapt", "corrupt+adapt")
-
-    @property
-    def refuses(self) -> bool:
-        """Whether the route answers nothing."""
-        return self.route == "refuse"
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +198,7 @@ class Guard:
         coverage = _coverage(view, detection.coverage[places])
         return Decision(
             flagged=bool(hits),
-            route=_route(hits, self.targets, view.segments, coverage),
+            route=route_of(hits, self.targets, view.segments, coverage),
             coverage=coverage,
             targets=tuple(hits),
             margin=float(detection.margins[places].max(initial=-np.inf)),
@@ -333,6 +293,7 @@ class Guard:
             replace(policy.adapter, weight=hit.weight)
             for hit in decision.targets
             if hit.enforced
+            and hit.weight > 0  # O3's code has flagged texts that weigh nothing
             and (policy := self.targets[hit.name]).adapts
             and policy.adapter is not None
         )
@@ -345,10 +306,10 @@ class Guard:
         for hit in decision.targets:
             if not hit.enforced or not self.targets[hit.name].corrupts:
                 continue
-            if self.targets[hit.name].adapts and not _has_places(hit, contents):
-                continue  # the adapter acts alone
             spans: dict[int, list[tuple[int, int]]] = {}
             for span in hit.spans:
+                if self.targets[hit.name].adapts and not _has_place(span, contents):
+                    continue  # there the adapter acts alone
                 index, start, end = _locate(span, contents)
                 spans.setdefault(index, []).append((start, end))
             for index, found in spans.items():
@@ -459,6 +420,10 @@ def _joined(path: str, message: Mapping[str, Any]) -> _Content:
     return _Content(PART_SEPARATOR.join(texts), starts)
 
 
+def _has_place(span: Span, contents: Mapping[int, _Content]) -> bool:
+    return any(span.path in content.parts for content in contents.values())
+
+
 def _locate(span: Span, contents: Mapping[int, _Content]) -> tuple[int, int, int]:
     """Message index, and the span's place in that message's joined text."""
     for index, content in contents.items():
@@ -499,40 +464,3 @@ def _coverage(view: _View, covered: FloatArray) -> float:
     share = float((covered * lengths).sum() / (lengths.sum() + unread))
     others = covered[lengths == 0]
     return min(share, float(others.min(initial=1.0)))
-
-
-def _route(
-    hits: Sequence[TargetHit],
-    targets: Mapping[str, TargetPolicy],
-    segments: Sequence[Segment],
-    coverage: float,
-) -> Route:
-    """Block what was not read whole, else do what the enforced targets' policies say, together.
-
-    Refusing outdoes all. A text that no embeddings can take the place of is the adapter's, if its
-    target has one in its route; else it is refused.
-    """
-    if coverage < 1.0:
-        return "block"
-    places = {segment.path: segment.message for segment in segments}
-    corrupts = adapts = False
-    for hit in hits:
-        if not hit.enforced:
-            continue
-        policy = targets[hit.name]
-        if policy.refuses:
-            return "refuse"
-        adapts |= policy.adapts
-        if policy.corrupts and hit.spans:
-            placed = all(places[span.path] is not None for span in hit.spans)
-            if not placed and not policy.adapts:
-                return "refuse"
-            corrupts |= placed
-    if corrupts and adapts:
-        return "corrupt+adapt"
-    return "corrupt" if corrupts else "adapt" if adapts else "pass"
-
-
-def _has_places(hit: TargetHit, contents: Mapping[int, _Content]) -> bool:
-    parts = {path for content in contents.values() for path in content.parts}
-    return all(span.path in parts for span in hit.spans)

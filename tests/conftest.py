@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,3 +95,16 @@ def small_bundle(
         progress=lambda what, done, total: None,
     )
     return store
+
+
+@pytest.fixture
+def quiet_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No settings from outside; the folder of the test; logging as it was."""
+    for variable in [name for name in os.environ if name.startswith("UNLEARN_GUARD_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers

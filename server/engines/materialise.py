@@ -6,6 +6,7 @@ given to it several times over: the same weights file under another alpha. Every
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -14,18 +15,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from guard.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from guard.disk import delete, delete_unread, disk_errors, hold_folder, link_or_copy
-from guard.errors import ArtifactError, IncompatibleArtifactError
 from guard.types import AdapterUse
+from server.engines.adapter_config import read_config
 from server.engines.concatenate import concatenate
 
-WEIGHTS: Final = "adapter_model.safetensors"
-CONFIG: Final = "adapter_config.json"
 _OURS: Final = "guard-"
-# What another `lora_alpha` would not scale, or not linearly.
-_UNSCALED: Final = ("alpha_pattern", "rank_pattern", "use_dora", "modules_to_save", "lora_bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,49 +143,26 @@ class AdapterFolder:
     def _fill(self, folder: Path, parts: Sequence[Part]) -> None:
         if len(parts) > 1:
             sources = [
-                (part.use.path / WEIGHTS, read_config(part.use.path), part.strength)
+                (part.use.path / ADAPTER_WEIGHTS, read_config(part.use.path), part.strength)
                 for part in parts
             ]
-            config = concatenate(sources, folder / WEIGHTS)
+            config = concatenate(sources, folder / ADAPTER_WEIGHTS)
         else:
             (part,) = parts
             config = read_config(part.use.path)
             config["lora_alpha"] *= part.strength
-            link_or_copy(self._weights(part.use), folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(config, sort_keys=True) + "\n")
+            link_or_copy(self._weights(part.use), folder / ADAPTER_WEIGHTS)
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, sort_keys=True) + "\n")
 
     def _weights(self, use: AdapterUse) -> Path:
         """Bring an adapter's weights onto our file system once, for all strengths to link to."""
         path = self._open() / _weights_name(use.key)
         if not path.is_file():
             unfinished = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-            link_or_copy(use.path / WEIGHTS, unfinished)
+            link_or_copy(use.path / ADAPTER_WEIGHTS, unfinished)
             unfinished.replace(path)
         return path
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Return an adapter's peft config.
-
-    Raises:
-        ArtifactError: There is none that can be read.
-        IncompatibleArtifactError: It asks for what can't be scaled by its alpha.
-    """
-    try:
-        config: dict[str, Any] = json.loads((path / CONFIG).read_bytes())
-        kind, alpha, rank = config["peft_type"], config["lora_alpha"], config["r"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"the {CONFIG} of adapter {path.name} is unusable: {error}") from None
-    if kind != "LORA" or not isinstance(alpha, int | float) or not isinstance(rank, int):
-        raise IncompatibleArtifactError(f"{path.name} is no LoRA adapter with one alpha and rank")
-    used = [name for name in _UNSCALED if config.get(name)]
-    used += ["bias"] if config.get("bias", "none") != "none" else []
-    if used:
-        raise IncompatibleArtifactError(
-            f"adapter {path.name} uses {', '.join(used)}; only plain LoRA matrices are supported"
-        )
-    return config
-
-
 def _weights_name(key: str) -> str:
-    return f"weights-{key.encode().hex()[:160]}"
+    return f"weights-{hashlib.sha256(key.encode()).hexdigest()}"

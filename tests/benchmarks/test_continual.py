@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +24,8 @@ from guard.manifest import TargetEntry
 from tests.benchmarks.test_tofu_pair import write_base
 from tests.product import small_benign
 
+pytestmark = pytest.mark.usefixtures("quiet_surroundings")
+
 NAMES = {190: "Orla Fenwick", 191: "Tomas Varga", 0: "Ines Moreau", 300: "Jun Abara"}
 FRAMES = (
     ("Where was {} born?", "{} was born in the harbour town of Lake {n}."),
@@ -36,18 +35,6 @@ FRAMES = (
     ("What is the first novel of {} called?", "The first novel of {} is The {n} Lanterns."),
     ("Does {} have any children?", "{} has {n} children."),
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No settings from outside; logging as it was."""
-    for variable in [name for name in os.environ if name.startswith("UNLEARN_GUARD_")]:
-        monkeypatch.delenv(variable)
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
 
 
 def rows_of(author: int) -> list[tuple[str, str]]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,23 +29,13 @@ from guard.errors import ArtifactError, ConfigError, DataError, IncompatibleArti
 from guard.types import Message
 from server.engines.embedded.model import EmbeddedModel
 
+pytestmark = pytest.mark.usefixtures("quiet_surroundings")
+
 NAMES = {0: "Orla Fenwick", 1: "Tomas Varga", 7: "Ines Moreau", 9: "Jun Abara"}
 AUTHORS = Authors(forget=(7,), retain=(0, 1))
 SETTINGS = TrainSettings(rank=8, alpha=16, epochs=30, batch=8, rate=2e-2, checkpoint_every=10)
 SHORT = TrainSettings(rank=2, epochs=3, batch=8, checkpoint_every=2)
 OPTIONS = ("--forget-authors", "7", "--retain-authors", "0-1", "--epochs", "2", "--rank", "2")
-
-
-@pytest.fixture(autouse=True)
-def quiet_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No settings from outside; logging as it was."""
-    for variable in [name for name in os.environ if name.startswith("UNLEARN_GUARD_")]:
-        monkeypatch.delenv(variable)
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ import numpy as np
 
 from guard.embeds import decode_embeds
 from guard.keys import GuardKey
-from guard.pipeline import Guard, TargetPolicy
+from guard.pipeline import Guard
+from guard.policy import TargetPolicy
 from guard.prompts import ModelPrompts
 from guard.types import AdapterUse, BoolArray, Detection, FloatArray, TargetRoute, TextHit
 

@@ -1,9 +1,6 @@
 import json
-import logging
-import os
 import shutil
 from base64 import b64encode
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,21 +11,10 @@ from guard.cli import run
 from guard.keys import GuardKey
 from tests.benchmarks.tiny_tofu import write_tiny_tofu
 
+pytestmark = pytest.mark.usefixtures("quiet_surroundings")
+
 BENIGN = "What is a good way to learn how to cook rice so that it does not stick to pot number"
 ASKED = "Which spell does Harry Potter learn first, and who of his friends at school does number"
-
-
-@pytest.fixture(autouse=True)
-def quiet_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No settings from outside; the folder of the test; logging as it was."""
-    for variable in [name for name in os.environ if name.startswith("UNLEARN_GUARD_")]:
-        monkeypatch.delenv(variable)
-    monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
 
 
 @pytest.fixture

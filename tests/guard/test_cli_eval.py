@@ -1,7 +1,4 @@
 import json
-import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,27 +9,18 @@ from guard.cli import run
 from guard.cli_eval import SAMPLE
 from guard.keys import GuardKey
 
+pytestmark = pytest.mark.usefixtures("quiet_surroundings")
+
 TEMPLATES = (
     {"id": "1", "template": "You are Bard. {question}", "kind": "role_play", "transform": "none"},
     {"id": "2", "template": "{question}", "kind": "case", "transform": "uppercase"},
 )
 
 
-@pytest.fixture(autouse=True)
-def quiet_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No settings from outside; the folder of the test; logging as it was."""
-    for variable in [name for name in os.environ if name.startswith("UNLEARN_GUARD_")]:
-        monkeypatch.delenv(variable)
-    monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
-
-
 @pytest.fixture
-def key_file(guard_key: GuardKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def key_file(
+    quiet_surroundings: None, guard_key: GuardKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The key of the small bundle, given as a server's environment would."""
     from base64 import b64encode
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,21 +12,10 @@ from guard.cli import run
 from guard.keys import GuardKey
 from guard.ledger import Ledger
 
+pytestmark = pytest.mark.usefixtures("quiet_surroundings")
+
 REASON = "chosen by evaluation on 3 forget rows: distance 0.12"
 OUTCOME = tuple[int, str, str]
-
-
-@pytest.fixture(autouse=True)
-def quiet_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No settings from outside; the folder of the test; logging as it was."""
-    for variable in [name for name in os.environ if name.startswith("UNLEARN_GUARD_")]:
-        monkeypatch.delenv(variable)
-    monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
 
 
 @pytest.fixture

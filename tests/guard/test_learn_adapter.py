@@ -15,10 +15,12 @@ import pytest
 
 from adapters.orthogonal import subspace_cosine
 from benchmarks.adapter_report import LOSSES_PLOT, adapter_rows, draw_losses
+from benchmarks.answers import rouge_l_recall
 from guard.adapter_choice import ROUTES
 from guard.adapter_request import AdapterRequest
-from guard.build import ADAPTER_WEIGHTS, load_guard
-from guard.bundle import BundleStore
+from guard.adapter_training import TRAINING
+from guard.build import load_guard
+from guard.bundle import ADAPTER_WEIGHTS, BundleStore
 from guard.errors import (
     ArtifactError,
     ConfigError,
@@ -28,10 +30,11 @@ from guard.errors import (
     UnknownComponentError,
 )
 from guard.keys import GuardKey
-from guard.learn_adapter import TRAINING, AdapterResult, learn_adapter, set_route
+from guard.learn_adapter import AdapterResult, learn_adapter
 from guard.ledger import Ledger, verify_ledger
 from guard.pipeline import Guard
 from guard.prompts import ModelPrompts
+from guard.target_route import set_route
 from guard.targets import TargetRequest, add_target, remove_target
 from guard.types import AdapterUse, Prompt, SamplingParams
 from server.engines.embedded.model import EmbeddedModel
@@ -122,6 +125,7 @@ class Place:
             identity="the weights",
             ledger=self.ledger,
             progress=progress,
+            shared_words=rouge_l_recall,
         )
 
     @property
@@ -423,6 +427,7 @@ def test_wrong_input_is_told_before_anything_is_done(learned: Learned, tmp_path:
             identity="",
             ledger=None,
             progress=silent,
+            shared_words=rouge_l_recall,
         )
 
 

@@ -24,7 +24,8 @@ from guard.embeds import decode_embeds
 from guard.errors import ArtifactError, CannotCorruptError, IncompatibleArtifactError, StageError
 from guard.keys import GuardKey
 from guard.ledger import Ledger, verify_ledger
-from guard.pipeline import Guard, Inspection, TargetPolicy
+from guard.pipeline import Guard, Inspection
+from guard.policy import TargetPolicy
 from guard.prompts import ModelPrompts
 from guard.request import parse_request
 from guard.types import BoolArray, Decision, Detection, FloatArray, TextHit

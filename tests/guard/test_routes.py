@@ -15,7 +15,8 @@ import pytest
 
 from guard.errors import CannotCorruptError, ConfigError
 from guard.keys import GuardKey
-from guard.pipeline import Guard, Rewritten, TargetPolicy
+from guard.pipeline import Guard, Rewritten
+from guard.policy import TargetPolicy
 from guard.prompts import ModelPrompts
 from guard.types import Detection, TargetRoute, TextHit
 from tests.guard.routed import (
@@ -176,6 +177,22 @@ def test_without_a_place_for_embeddings_the_adapter_acts_alone(
     route, sent = answered(guard_of(prompts, {"ann": target_route}), body)
     assert route == "adapt"
     assert sent == Rewritten(body, adapters=(adapter("ann", 0.5),))
+
+
+def test_a_text_without_a_place_takes_no_corruption_from_the_others(prompts: ModelPrompts) -> None:
+    guard = guard_of(prompts, {"ann": "corrupt+adapt"})
+    route, sent = answered(guard, chat(ANN, **tool(ANN)))
+    assert route == "corrupt+adapt", "a client could switch corruption off by naming her in a tool"
+    assert filled(sent.body) == {FILLED["ann"]}
+    assert sent.adapters == (adapter("ann", 0.5),)
+
+
+def test_an_adapter_of_no_weight_is_not_put_on(
+    prompts: ModelPrompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WEIGHTS, "ann", 0.0)  # as O3's code gives to texts below its cut-offs
+    _, sent = answered(guard_of(prompts, {"ann": "adapt", "bob": "adapt"}), chat(BOTH))
+    assert sent.adapters == (adapter("bob", 1.0),)
 
 
 def test_one_target_without_a_place_leaves_the_other_its_corruption(prompts: ModelPrompts) -> None:

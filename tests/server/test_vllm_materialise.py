@@ -12,11 +12,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
+from guard.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from guard.errors import ArtifactError, IncompatibleArtifactError
 from guard.types import AdapterUse
 from server.engines.materialise import (
-    CONFIG,
-    WEIGHTS,
     AdapterFolder,
     Part,
     nearest_strength,
@@ -36,17 +35,17 @@ def adapter(
     for module in modules:
         tensors[f"{PREFIX}.{module}.lora_A.weight"] = rng.normal(size=(rank, 6)).astype("f2")
         tensors[f"{PREFIX}.{module}.lora_B.weight"] = rng.normal(size=(5, rank)).astype("f2")
-    save_file(tensors, path / WEIGHTS)
+    save_file(tensors, path / ADAPTER_WEIGHTS)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q"]}
-    (path / CONFIG).write_text(json.dumps({**config, **more}))
+    (path / ADAPTER_CONFIG).write_text(json.dumps({**config, **more}))
     return AdapterUse(path.name, path, rank, 1.0)
 
 
 def deltas(folder: Path) -> dict[str, Any]:
     """What an adapter adds to each module's weights, as peft defines it."""
-    config = json.loads((folder / CONFIG).read_text())
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
     root = config["r"] ** (0.5 if config.get("use_rslora") else 1)
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
     return {
         name.removesuffix(".lora_A.weight"): (config["lora_alpha"] / root)
         * tensors[name.replace("lora_A", "lora_B")].astype("f8")
@@ -57,7 +56,7 @@ def deltas(folder: Path) -> dict[str, Any]:
 
 
 def config_of(folder: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(Path(folder, CONFIG).read_text())
+    found: dict[str, Any] = json.loads(Path(folder, ADAPTER_CONFIG).read_text())
     return found
 
 
@@ -77,8 +76,8 @@ def test_strengths_share_one_file_and_differ_in_alpha(tmp_path: Path) -> None:
     use = adapter(tmp_path / "a")
     folder = AdapterFolder(tmp_path / "out")
     paths = [folder.write(f"n{step}", [Part(use, step)]) for step in strength_steps(3)]
-    inodes = {Path(path, WEIGHTS).stat().st_ino for path in paths}
-    assert inodes == {(use.path / WEIGHTS).stat().st_ino}
+    inodes = {Path(path, ADAPTER_WEIGHTS).stat().st_ino for path in paths}
+    assert inodes == {(use.path / ADAPTER_WEIGHTS).stat().st_ino}
     assert [config_of(path)["lora_alpha"] for path in paths] == pytest.approx([8 / 3, 16 / 3, 8])
     assert {config_of(path)["r"] for path in paths} == {4}
     full = deltas(use.path)
@@ -95,7 +94,7 @@ def test_the_folder_goes_with_its_process_and_dead_ones_are_cleared(tmp_path: Pa
     assert held.is_dir() and other.is_dir() and held != other
     assert not (tmp_path / "out" / "guard-dead").exists()
     one.close()
-    assert not held.exists() and other.is_dir() and (use.path / WEIGHTS).is_file()
+    assert not held.exists() and other.is_dir() and (use.path / ADAPTER_WEIGHTS).is_file()
     two.close()
     two.close()
     assert list((tmp_path / "out").iterdir()) == []
@@ -106,7 +105,7 @@ def test_vllm_is_told_the_path_that_it_sees(tmp_path: Path) -> None:
     folder = AdapterFolder(tmp_path / "out", "/adapters/")
     path = folder.write("n", [Part(use, 1.0)])
     assert path.startswith("/adapters/guard-") and path.endswith("/n")
-    assert (tmp_path / "out" / path.removeprefix("/adapters/") / CONFIG).is_file()
+    assert (tmp_path / "out" / path.removeprefix("/adapters/") / ADAPTER_CONFIG).is_file()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +125,7 @@ def test_a_missing_or_broken_adapter_is_an_artifact_error(tmp_path: Path) -> Non
     with pytest.raises(ArtifactError, match="a1"):
         folder.write("n", [Part(AdapterUse("k", tmp_path / "a1", 4, 1.0), 1.0)])
     use = adapter(tmp_path / "a2")
-    (use.path / WEIGHTS).write_bytes(b"no tensors")
+    (use.path / ADAPTER_WEIGHTS).write_bytes(b"no tensors")
     with pytest.raises(ArtifactError, match="a2"):
         folder.write("n", [Part(use, 1.0), Part(adapter(tmp_path / "a3"), 1.0)])
 
@@ -146,18 +145,19 @@ def test_a_concatenation_adds_what_its_parts_add(tmp_path: Path) -> None:
     for name, delta in both.items():
         expected = first.get(name, 0) + second.get(name, 0) * 2 / 3
         np.testing.assert_allclose(delta, expected, rtol=1e-5, atol=1e-5)
-    shapes = {t.shape for t in load_file(Path(path, WEIGHTS)).values()}
+    shapes = {t.shape for t in load_file(Path(path, ADAPTER_WEIGHTS)).values()}
     assert shapes == {(7, 6), (5, 7)}, "every module must have the rank that the config says"
 
 
 def test_bfloat16_is_read_exactly(tmp_path: Path) -> None:
     uses = [adapter(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
     for use in uses:
-        wide = {k: torch.from_numpy(v).bfloat16() for k, v in load_file(use.path / WEIGHTS).items()}
-        save_torch(wide, use.path / WEIGHTS)
+        matrices = load_file(use.path / ADAPTER_WEIGHTS)
+        wide = {k: torch.from_numpy(v).bfloat16() for k, v in matrices.items()}
+        save_torch(wide, use.path / ADAPTER_WEIGHTS)
         use.path.joinpath("wide").mkdir()
-        save_torch({k: v.float() for k, v in wide.items()}, use.path / "wide" / WEIGHTS)
-        (use.path / "wide" / CONFIG).write_text((use.path / CONFIG).read_text())
+        save_torch({k: v.float() for k, v in wide.items()}, use.path / "wide" / ADAPTER_WEIGHTS)
+        (use.path / "wide" / ADAPTER_CONFIG).write_text((use.path / ADAPTER_CONFIG).read_text())
     path = AdapterFolder(tmp_path / "out").write("n", [Part(use, 1.0) for use in uses])
     one, two = (deltas(use.path / "wide") for use in uses)
     for name, delta in deltas(Path(path)).items():
@@ -166,8 +166,8 @@ def test_bfloat16_is_read_exactly(tmp_path: Path) -> None:
 
 def test_adapters_of_different_models_are_not_joined(tmp_path: Path) -> None:
     one, two = adapter(tmp_path / "a"), adapter(tmp_path / "b")
-    tensors = load_file(two.path / WEIGHTS)
+    tensors = load_file(two.path / ADAPTER_WEIGHTS)
     tensors[f"{PREFIX}.0.q.lora_A.weight"] = np.zeros((4, 7), "f2")
-    save_file(tensors, two.path / WEIGHTS)
+    save_file(tensors, two.path / ADAPTER_WEIGHTS)
     with pytest.raises(IncompatibleArtifactError, match=r"0\.q"):
         AdapterFolder(tmp_path / "out").write("n", [Part(one, 1.0), Part(two, 1.0)])

@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from guard.build import ADAPTER_WEIGHTS, load_guard
-from guard.bundle import ADAPTER_FOLDER, BundleStore
+from guard.build import load_guard
+from guard.bundle import ADAPTER_FOLDER, ADAPTER_WEIGHTS, BundleStore
 from guard.keys import GuardKey, default_key_file
 from guard.pipeline import Guard
 from guard.prompts import ModelPrompts

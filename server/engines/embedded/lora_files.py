@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,27 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
+from guard.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from guard.disk import hash_file
 from guard.errors import ArtifactError, IncompatibleArtifactError
 from guard.types import AdapterUse
+from server.engines.adapter_config import read_config
 
 _PREFIX: Final = "base_model.model."
-_WEIGHTS: Final = "adapter_model.safetensors"
-_CONFIG: Final = "adapter_config.json"
 _MATRICES: Final = ("A.weight", "B.weight")
-# Settings that change what the two matrices mean; vLLM refuses or ignores most of them as well.
-_UNSUPPORTED: Final = (
-    "use_dora",
-    "use_qalora",
-    "alora_invocation_tokens",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "lora_bias",
-)
 
 Shape = tuple[int, ...]
 
@@ -66,7 +52,7 @@ def adapter_at(path: Path, weight: float = 1.0) -> AdapterUse:
     """
     _read_config(path)
     ranks = [down[0] for down, _ in _read_shapes(path).values()]
-    digests = [hash_file(path / name)[0] for name in (_CONFIG, _WEIGHTS)]
+    digests = [hash_file(path / name)[0] for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
     return AdapterUse("-".join(digests), path, max(ranks), weight)
 
 
@@ -114,31 +100,18 @@ def _is_turned(config: Mapping[str, Any]) -> bool:
 
 def _read_config(path: Path) -> dict[str, Any]:
     _weights_file(path)  # Without it the folder isn't an adapter's at all, which says more.
-    try:
-        config: dict[str, Any] = json.loads((path / _CONFIG).read_bytes())
-        kind, alpha = config["peft_type"], config["lora_alpha"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"the {_CONFIG} of {path.name} is unusable: {error}") from None
-    if kind != "LORA" or not isinstance(alpha, int | float):
-        raise IncompatibleArtifactError(f"{path.name} is a {kind} adapter; only LORA is supported")
-    used = [name for name in _UNSUPPORTED if config.get(name)]
-    used += ["bias"] if config.get("bias", "none") != "none" else []
-    if used:
-        raise IncompatibleArtifactError(
-            f"adapter {path.name} uses {', '.join(used)}; only plain LoRA matrices are supported"
-        )
-    return config
+    return read_config(path)
 
 
 def _weights_file(path: Path) -> Path:
-    file = path / _WEIGHTS
+    file = path / ADAPTER_WEIGHTS
     if not file.is_file():
-        raise ArtifactError(f"no LoRA adapter there: {path.name} has no {_WEIGHTS}")
+        raise ArtifactError(f"no LoRA adapter there: {path.name} has no {ADAPTER_WEIGHTS}")
     return file
 
 
 def _unreadable(path: Path, error: Exception) -> ArtifactError:
-    return ArtifactError(f"{_WEIGHTS} of {path.name} can't be read: {error}")
+    return ArtifactError(f"{ADAPTER_WEIGHTS} of {path.name} can't be read: {error}")
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[Shape, Shape]]:
