@@ -8,8 +8,12 @@ costs in loss.
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -55,6 +59,7 @@ ARMS: Final = (
     Arm("none"),
     Arm("penalty", starts_apart=False),
     Arm("penalty"),
+    Arm("penalty", weight=100.0),
     Arm("project"),
     Arm("project", "both"),
 )
@@ -129,3 +134,77 @@ def _rows(arm: Arm, folders: Sequence[Path], reports: Sequence[TrainReport]) -> 
         Row("guard", ROUTE, measure, f"arm={arm.name}", value, None, None, len(reports))
         for measure, value in values.items()
     ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure it on TOFU authors that are to be refused, and write the report."""
+    from adapters.examples import encode_chats
+    from adapters.train_settings import TrainSettings
+    from benchmarks.report import (
+        Report,
+        command_line,
+        describe_machine,
+        describe_versions,
+        write_report,
+    )
+    from guard.console import progress_display
+    from server.engines.embedded.model import EmbeddedModel
+
+    args = _parser().parse_args(arguments)
+    model = EmbeddedModel.load(args.model, threads=args.threads)
+    targets = [encode_chats(model.tokenizer, pairs) for pairs in _refused(args)]
+    count = model.model.config.num_hidden_layers
+    settings = TrainSettings(
+        rank=args.rank,
+        alpha=2 * args.rank,
+        layers=(count - args.layers, count),
+        epochs=args.epochs,
+        batch=2,
+        rate=args.rate,
+        seed=args.seed,
+    )
+    with progress_display() as progress:
+        rows = compare_arms(
+            model.model, targets, settings, args.out / "adapters", progress=progress
+        )
+    words = ["python", "-m", "benchmarks.orthogonality", *(arguments or sys.argv[1:])]
+    report = Report(
+        command_line(words), args.seed, tuple(rows), describe_versions(), describe_machine()
+    )
+    write_report(args.out, report)
+
+
+def _refused(args: argparse.Namespace) -> list[list[tuple[str, str]]]:
+    """Questions about each of the last authors, each with a refusal for its answer."""
+    from adapters.alternatives import REFUSALS
+
+    asked: dict[int, list[str]] = {}
+    for line in (args.data / "full.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        asked.setdefault(int(row["author_id"]), []).append(str(row["question"]))
+    chosen = sorted(asked)[-args.targets :]
+    refusals = cycle(REFUSALS)
+    return [
+        [(question, next(refusals)) for question in asked[author][: args.questions]]
+        for author in chosen
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", type=Path, required=True, help="directory of a model")
+    parser.add_argument("--data", type=Path, required=True, help="folder of TOFU's files")
+    parser.add_argument("--targets", type=int, default=20)
+    parser.add_argument("--questions", type=int, default=8, help="of each target")
+    parser.add_argument("--layers", type=int, default=2, help="the last of the model's")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

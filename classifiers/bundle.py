@@ -76,10 +76,20 @@ def load_detector(
 
 
 def thresholds(heads: Mapping[str, bytes], budget: float) -> dict[str, float]:
-    """Return the score from which each target is hit, given their head files alone."""
+    """Return the score from which each target is hit, given their head files alone.
+
+    Raises:
+        ArtifactError: If a head is damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    calibrations = [TargetCalibration.from_arrays(load(data)) for data in heads.values()]
+    calibrations = []
+    for name, data in heads.items():
+        try:
+            calibrations.append(TargetCalibration.from_arrays(load(data)))
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ArtifactError(f"the head of target {name!r} cannot be read: {error}") from error
     found = fit_bundle(calibrations, budget).thresholds
     return {name: float(value) for name, value in zip(heads, found, strict=True)}
 

@@ -53,11 +53,13 @@ class RouteChoice:
         figures: By route.
         unknown: Probability and shared words of what the model doesn't know.
         rows: Rows measured.
+        unseen: Whether the adapter was trained without them.
     """
 
     figures: Mapping[TargetRoute, RouteFigures]
     unknown: Mapping[str, float]
     rows: int
+    unseen: bool
 
     @property
     def best(self) -> TargetRoute:
@@ -68,14 +70,16 @@ class RouteChoice:
     def reason(self) -> str:
         """Say what was compared, for people."""
         found = ", ".join(f"{route} {one.distance:.2f}" for route, one in self.figures.items())
+        which = "that it was not trained on" if self.unseen else "that it was trained on"
         return (
-            f"chosen by evaluation on {self.rows} forget rows: distance to a model that doesn't "
-            f"know them (likelihood, words, broken answers): {found}"
+            f"chosen by evaluation on {self.rows} forget rows {which}: distance to a model that "
+            f"doesn't know them (likelihood, words, broken answers): {found}"
         )
 
 
 def compare_routes(
     pairs: Pairs,
+    unseen: bool,
     counterfactuals: Sequence[Sequence[str]],
     model: TrainableModel,
     prompter: Prompter,
@@ -88,7 +92,8 @@ def compare_routes(
     """Measure each route on some of the forget rows.
 
     Args:
-        pairs: The forget set.
+        pairs: Forget rows.
+        unseen: Whether the adapter was trained without them.
         counterfactuals: Of each row what the model says when it doesn't know; may be empty.
         model: The model.
         prompter: Corrupts as serving does.
@@ -114,7 +119,7 @@ def compare_routes(
         uses = (adapter,) if route != "corrupt" else ()
         figures[route] = _measure(some, route, model, prompter, spec, uses, unknown, shared_words)
     progress("compare routes", len(ROUTES), len(ROUTES))
-    return RouteChoice(figures, unknown, len(some))
+    return RouteChoice(figures, unknown, len(some), unseen)
 
 
 def _measure(

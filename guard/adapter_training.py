@@ -46,6 +46,7 @@ class Trained:
 
     Attributes:
         pairs: Questions and answers that it was trained on.
+        unseen: Those that were held out.
         data: What its loss was made from.
         levels: Likelihood of what the model doesn't know.
         report: Of the training.
@@ -55,6 +56,7 @@ class Trained:
     """
 
     pairs: tuple[tuple[str, str], ...]
+    unseen: tuple[tuple[str, str], ...]
     data: LossData
     levels: Levels
     report: TrainReport
@@ -108,7 +110,8 @@ def train_adapter(
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
     ]
     use = AdapterUse("-".join(digests), folder, request.rank, 1.0)
-    return Trained(rest, data, levels, report, use, apart, skipped)
+    unseen = tuple(pair for row, pair in enumerate(pairs) if row in held)
+    return Trained(rest, unseen, data, levels, report, use, apart, skipped)
 
 
 # --- Inputs -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ not kept: a keyed digest of each row is, by which a later command recognises the
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from guard.build import (
     thresholds_of,
 )
 from guard.bundle import Bundle, BundleDraft, BundleStore, Manifest, TargetEntry
-from guard.errors import BundleNotFoundError, TargetExistsError, TargetNotFoundError
+from guard.errors import ArtifactError, BundleNotFoundError, TargetExistsError, TargetNotFoundError
 from guard.keys import GuardKey
 from guard.ledger import Ledger
 from guard.normalise import normalise
@@ -55,6 +56,8 @@ from guard.types import (
 if TYPE_CHECKING:
     from classifiers.workshop import Workshop
     from corruptions.spec import CorruptionSpec
+
+log = logging.getLogger(__name__)
 
 DIGESTS_FILE = "digests.json"
 
@@ -158,7 +161,7 @@ def remove_target(name: str, *, store: BundleStore, key: GuardKey, ledger: Ledge
     """
     bundle = store.current()
     check_key(bundle, key)
-    scores = thresholds_of(bundle)
+    scores = _thresholds(bundle)
     with store.transaction() as draft:
         if name not in draft.manifest.targets:
             known = ", ".join(sorted(draft.manifest.targets)) or "none"
@@ -169,6 +172,19 @@ def remove_target(name: str, *, store: BundleStore, key: GuardKey, ledger: Ledge
             entry.least_score = scores.get(other, entry.least_score)
     if ledger is not None:
         ledger.append("bundle", action="target remove", target=name, **_state(store))
+
+
+def _thresholds(bundle: Bundle) -> dict[str, float]:
+    """Return the targets' thresholds; none where a file is damaged, which must not keep data."""
+    try:
+        return thresholds_of(bundle)
+    except ArtifactError as error:
+        log.warning(
+            "the other targets' thresholds could not be read and kept, so that they may be hit "
+            "by more requests than before: %s",
+            error,
+        )
+        return {}
 
 
 # --- Learning ------------------------------------------------------------------------------------

@@ -229,6 +229,16 @@ def test_a_name_that_is_taken_is_refused_before_any_work(
     assert "holds a target 'ann' already" in err
 
 
+def test_damaged_detectors_do_not_keep_a_target(
+    capsys: pytest.CaptureFixture[str], bundle: Path
+) -> None:
+    code, _, err = said(capsys, "target", "remove", "ann")
+
+    assert code == 0
+    assert "may be hit by more requests than before" in err
+    assert "the head of target 'ann' cannot be read" in err
+
+
 def test_remove_then_gc_leaves_nothing_of_a_target(
     capsys: pytest.CaptureFixture[str], bundle: Path
 ) -> None:
