@@ -36,7 +36,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[embedded,learn,bench,dev]"
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[embedded,learn,bench,otel,dev]"
 	@touch $@
 
 install: $(VENV)/.installed  ## Install into .venv: sidecar, embedded engine, learner

@@ -20,6 +20,7 @@ from guard.bundle import (
     BundleStore,
     TargetEntry,
 )
+from guard.context import ContextPolicy
 from guard.errors import ArtifactError, IncompatibleArtifactError
 from guard.keys import GuardKey
 from guard.ledger import Ledger
@@ -46,6 +47,7 @@ def load_guard(
     prompts: ModelPrompts | None,
     ledger: Ledger | None,
     threads: int | None = None,
+    context: ContextPolicy = "corrupt",
 ) -> Guard:
     """Load the current version of a bundle.
 
@@ -55,6 +57,7 @@ def load_guard(
         prompts: The served model's files; None gives a guard that only decides.
         ledger: Where flagged decisions go.
         threads: Threads of the encoder; None leaves it to ONNX Runtime.
+        context: What is done about targets that results of tools and earlier turns touch.
 
     Raises:
         BundleNotFoundError: If there is none.
@@ -85,6 +88,7 @@ def load_guard(
         ledger=ledger,
         version=bundle.manifest.version,
         holds=bundle,
+        context=context,
     )
 
 

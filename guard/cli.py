@@ -21,9 +21,11 @@ import click
 from guard.cli_admin import bundle_group, config, doctor, ledger_group, model_group
 from guard.cli_bench import bench_group
 from guard.cli_bench_adapters import losses
+from guard.cli_bench_serve import serve_bench
 from guard.cli_chat import chat
 from guard.cli_decide import decide
 from guard.cli_eval import eval_group
+from guard.cli_keys import key_group
 from guard.cli_learn import learn_group
 from guard.cli_learn_adapter import adapter
 from guard.cli_serve import engine, serve
@@ -89,12 +91,14 @@ for _command in (
     config,
     bundle_group,
     ledger_group,
+    key_group,
     model_group,
     engine,
 ):
     cli.add_command(_command)
 learn_group.add_command(adapter)
 bench_group.add_command(losses)
+bench_group.add_command(serve_bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

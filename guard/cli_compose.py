@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from guard.cli_session import Session
     from guard.pipeline import Guard
+    from guard.prompts import ModelPrompts
     from guard.reload import LiveGuard
     from guard.settings import Settings
     from guard.types import AdapterUse, Progress
@@ -35,21 +36,11 @@ def make_engine(session: Session, progress: Progress | None = None) -> Engine:
 
     settings = session.settings
     if settings.engine == "vllm":
-        from server.engines.vllm import VllmEngine, VllmTimeouts
-
         if settings.adapter_dir_upstream and settings.adapter_dir is None:
             raise ConfigError("adapter_dir_upstream is what vLLM calls adapter_dir: set that too")
         if settings.upstream is None:
             raise ConfigError("--engine vllm needs --upstream URL, e.g. http://127.0.0.1:8001")
-        secret = settings.upstream_api_key
-        return VllmEngine(
-            settings.upstream,
-            api_key=None if secret is None else secret.get_secret_value(),
-            timeouts=VllmTimeouts(
-                connect=settings.connect_timeout_s, read=settings.engine_timeout_s
-            ),
-            adapters=adapter_options(settings),
-        )
+        return _vllm(settings)
     from importlib.util import find_spec
 
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
@@ -67,6 +58,32 @@ def make_engine(session: Session, progress: Progress | None = None) -> Engine:
         max_queue=settings.max_queue,
         threads=settings.threads,
     )
+
+
+def _vllm(settings: Settings) -> Engine:
+    """Make the engine for one vLLM, or for several as one."""
+    from server.engines.replica import HealthOptions
+    from server.engines.upstreams import UpstreamPool
+    from server.engines.vllm import VllmEngine, VllmTimeouts
+
+    secret = settings.upstream_api_key
+    engines = [
+        VllmEngine(
+            url,
+            api_key=None if secret is None else secret.get_secret_value(),
+            timeouts=VllmTimeouts(
+                connect=settings.connect_timeout_s, read=settings.engine_timeout_s
+            ),
+            adapters=adapter_options(settings),
+        )
+        for url in settings.upstreams
+    ]
+    if len(engines) == 1:
+        return engines[0]
+    health = HealthOptions(
+        settings.upstream_check_s, settings.upstream_fall, settings.upstream_rise
+    )
+    return UpstreamPool(engines, health)
 
 
 def adapter_options(settings: Settings) -> AdapterOptions:
@@ -95,12 +112,20 @@ def make_guard(session: Session, progress: Progress, closed: bool = False) -> Li
 
     store, key = session.existing_bundle()
     prompts = session.prompts(progress)
-    ledger, threads = session.ledger(key), session.settings.threads
+    settings = session.settings
+    ledger, threads = session.ledger(key), settings.threads
 
     def load() -> Guard:
-        if session.settings.self_check:
+        if settings.self_check:
             check_encoder(store.current(), threads)
-        return load_guard(store=store, key=key, prompts=prompts, ledger=ledger, threads=threads)
+        return load_guard(
+            store=store,
+            key=key,
+            prompts=prompts,
+            ledger=ledger,
+            threads=threads,
+            context=settings.context,
+        )
 
     return LiveGuard(load, store.current_version, closed)
 
@@ -112,7 +137,10 @@ def server_options(settings: Settings) -> ServerOptions:
     secret = settings.metrics_key
     return ServerOptions(
         api_keys=tuple(key.get_secret_value() for key in settings.api_keys),
+        api_keys_file=settings.api_keys_file,
+        otlp_endpoint=settings.otlp_endpoint,
         metrics_key=None if secret is None else secret.get_secret_value(),
+        embeddings=settings.embeddings,
         on_error=settings.on_error,
         forward_authorization=settings.forward_authorization,
         max_body_bytes=settings.max_body_bytes,
@@ -122,13 +150,18 @@ def server_options(settings: Settings) -> ServerOptions:
         decide_timeout_s=settings.decide_timeout_s,
         engine_timeout_s=settings.engine_timeout_s,
         idle_timeout_s=settings.idle_timeout_s,
+        output_guard=settings.output_guard,
+        hold_back=settings.hold_back,
+        equalise_s=settings.equalise_s,
     )
 
 
 def prepare(session: Session) -> tuple[Engine, LiveGuard, CheckState]:
     """Make engine and guard; nothing is answered before `CheckState.check`."""
     from guard.console import progress_display
+    from server.access_log import start_logging
 
+    start_logging(session.settings.log_level, session.settings.log_format)
     state = CheckState(session.settings.self_check)
     session.existing_bundle()  # before minutes of preparing a model
     with progress_display() as progress:
@@ -167,18 +200,10 @@ class CheckState:
             EngineError: If the engine can't be asked.
         """
         if self.wanted:
-            from server.selfcheck import SAMPLE, self_check
-
             prompts = guard.guard.prompts
             assert prompts is not None  # make_guard() gave them
-            if engine.name == "vllm":
-                report = await self_check(engine, prompts)
-            else:  # it runs the very files that the guard reads: a short look will do
-                report = await self_check(
-                    engine, prompts, sample=SAMPLE[:1], roles=(), completions=False
-                )
-            report.require()
-            self._passed, self.model = True, report.model
+            self.model = await self_checked(engine, prompts)
+            self._passed = True
         else:
             log.warning("the self-check is off: nothing proves that model and bundle fit")
         await self._follow_adapters(engine, guard)
@@ -238,6 +263,32 @@ class CheckState:
                 self.failure = error
                 signal.raise_signal(signal.SIGTERM)  # an orderly stop
                 return
+
+
+async def self_checked(engine: Engine, prompts: ModelPrompts) -> str:
+    """Check an engine, or each of several that are one; return the model's name.
+
+    Raises:
+        SelfCheckError: If something doesn't fit.
+        EngineError: If it can't be asked.
+    """
+    from server.selfcheck import SAMPLE, self_check
+
+    names: list[str] = []
+
+    async def examine(one: Engine) -> None:
+        # The embedded one runs the very files that the guard reads: a short look will do.
+        report = await (
+            self_check(one, prompts)
+            if one.name == "vllm"
+            else self_check(one, prompts, sample=SAMPLE[:1], roles=(), completions=False)
+        )
+        report.require()
+        names[:] = [report.model]
+
+    each = getattr(engine, "examine", None)
+    await (examine(engine) if each is None else each(examine))
+    return names[0]
 
 
 def _run_in(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:

@@ -47,7 +47,12 @@ def decide(session: Session, /, source: str, out: Path | None, **flags: Any) -> 
         progress = stack.enter_context(progress_display())
         prompts = _prompts(session, store.current(), progress)
         guard = load_guard(
-            store=store, key=key, prompts=prompts, ledger=None, threads=settings.threads
+            store=store,
+            key=key,
+            prompts=prompts,
+            ledger=None,
+            threads=settings.threads,
+            context=settings.context,
         )
         done = failed = flagged = 0
         for row in decide_lines(guard, file, settings.max_body_bytes):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,8 +15,17 @@ from guard.cli_compose import PACKAGED_NAME, CheckState, make_engine, prepare, s
 from guard.cli_session import Session, async_runner, bundle_option, model_options
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from guard.reload import LiveGuard
     from guard.settings import Settings
+    from server.lifecycle import Lifecycle
+    from server.supervisor import Place
+    from server.worker_metrics import WorkerMetrics
+
+
+_GRACE_S = 10.0
+"""What a worker may take beyond its own limits before it is killed."""
 
 
 def _listen_options(command: Any) -> Any:
@@ -30,6 +42,13 @@ def _listen_options(command: Any) -> Any:
     help="When the guard fails to decide: 503, or let through [refuse].",
 )
 @click.option("--ledger", type=click.Path(), help="The ledger's file [in the bundle's folder].")
+@click.option(
+    "--workers",
+    "processes",
+    type=int,
+    help="Processes that serve, best one per core; more than 1 needs --engine vllm. The setting is "
+    "`processes`; `workers` are the threads of each [1].",
+)
 @bundle_option
 @click.pass_obj
 def serve(session: Session, /, **flags: Any) -> None:
@@ -38,21 +57,55 @@ def serve(session: Session, /, **flags: Any) -> None:
     With --engine embedded the model runs in this process; with --engine vllm an unmodified vLLM,
     started with --enable-prompt-embeds, answers at --upstream.
     """
-    from server.app import create_app
-
     settings = session.load(**flags).values
+    if settings.processes == 1:
+        _serve(session, None)
+        return
+    with _shared(settings) as shared:
+        outcome = _supervised(settings)
+        if isinstance(outcome, int):
+            if outcome:
+                raise click.exceptions.Exit(outcome)
+            return
+        _serve(session, _Worker(outcome, *shared))
+
+
+def _serve(session: Session, worker: _Worker | None) -> None:
+    """Serve in this process, alone or as one of several."""
+    from server.app import create_app
+    from server.lifecycle import Lifecycle
+
+    settings = session.settings
     engine, guard, state = prepare(session)
-    app = create_app(guard, engine, server_options(settings), lambda: state.readiness(guard))
+    lifecycle = Lifecycle(settings.drain_s)
+    metrics = None if worker is None else worker.metrics(settings.processes)
+    app = create_app(
+        guard,
+        engine,
+        server_options(settings),
+        lambda: state.readiness(guard),
+        lifecycle,
+        None if metrics is None else metrics.gather,
+    )
+    app.state.proxy.metrics.follow_targets(lambda: guard.guard.targets)
 
     async def before() -> None:
+        if worker is not None and metrics is not None:
+            await worker.begin(app, metrics)
         await engine.start()
         await state.check_or_wait(engine, guard)
 
+    def started(url: str) -> None:
+        if worker is None or worker.greets:
+            _greet(session, url, state, guard)
+
     guard.follow(settings.reload_s)
     try:
-        _run(app, settings, before, lambda url: _greet(session, url, state, guard))
+        _run(app, settings, before, started, lifecycle, worker)
     finally:
         guard.stop()
+        if metrics is not None:
+            metrics.close()
     state.raise_failure()
 
 
@@ -69,12 +122,16 @@ def engine(session: Session, /, **flags: Any) -> None:
     A stand-in for vLLM on a laptop, and the unguarded reference to compare with.
     """
     from guard.console import note
+    from server.lifecycle import Lifecycle
     from server.standin import create_standin
 
     settings = session.load(engine="embedded", host="127.0.0.1", **flags).values
     bare = make_engine(session)
     note("WARNING: no guard: this endpoint answers everything the model knows")
-    _run(create_standin(bare), settings, bare.start, lambda url: note(f"unguarded engine at {url}"))
+    app = create_standin(bare)
+    _run(
+        app, settings, bare.start, lambda url: note(f"unguarded engine at {url}"), Lifecycle(), None
+    )
 
 
 def _greet(session: Session, url: str, state: CheckState, guard: LiveGuard) -> None:
@@ -99,6 +156,77 @@ def _greet(session: Session, url: str, state: CheckState, guard: LiveGuard) -> N
     note(f"  curl -s {url}/metrics")
 
 
+# --- Several processes ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """One of several processes that serve.
+
+    Attributes:
+        place: Which one.
+        sockets: What all of them listen on.
+        folder: Where they tell one another their metrics.
+    """
+
+    place: Place
+    sockets: Sequence[socket]
+    folder: Path
+
+    @property
+    def greets(self) -> bool:
+        """Whether this one tells people where to ask."""
+        return self.place.index == 0 and self.place.starts == 1
+
+    def metrics(self, count: int) -> WorkerMetrics:
+        """Make this worker's side of the common metrics."""
+        from server.worker_metrics import WorkerMetrics
+
+        return WorkerMetrics(self.folder, self.place.index, count)
+
+    async def begin(self, app: Any, metrics: WorkerMetrics) -> None:
+        """Follow the supervisor, and tell the others this one's metrics."""
+        own = app.state.proxy.metrics
+        metrics.count_starts(own.registry, self.place.starts)
+        self.place.follow()
+        await metrics.serve(own.render)
+
+
+@contextmanager
+def _shared(settings: Settings) -> Iterator[tuple[Sequence[socket], Path]]:
+    """Open what the workers have in common; the supervisor alone clears it away."""
+    import os
+    from shutil import rmtree
+    from tempfile import mkdtemp
+
+    from guard.errors import ConfigError
+    from server.supervisor import listen
+
+    if settings.engine != "vllm":
+        raise ConfigError(
+            "--workers: the embedded engine holds the model in its one process; take 1, or guard a "
+            "vLLM with --engine vllm --upstream URL"
+        )
+    supervisor = os.getpid()
+    sockets = listen(settings.host, settings.port)
+    folder = Path(mkdtemp(prefix="unlearn-guard-workers-"))
+    try:
+        yield sockets, folder
+    finally:
+        if os.getpid() == supervisor:
+            rmtree(folder, ignore_errors=True)
+
+
+def _supervised(settings: Settings) -> Place | int:
+    """Start the workers: return a worker's place in each of them, and an exit code here at last."""
+    from guard.cli import BAD_INPUT, SELF_CHECK_FAILED
+    from server.supervisor import Supervisor
+
+    grace_s = settings.drain_s + settings.shutdown_timeout_s + _GRACE_S
+    final = frozenset({BAD_INPUT, SELF_CHECK_FAILED})
+    return Supervisor(settings.processes, grace_s, final=final).run()
+
+
 # --- Running -------------------------------------------------------------------------------------
 
 
@@ -107,16 +235,25 @@ def _run(
     settings: Settings,
     before: Callable[[], Coroutine[Any, Any, None]],
     on_started: Callable[[str], None],
+    lifecycle: Lifecycle,
+    worker: _Worker | None,
 ) -> None:
     """Serve until a signal; a stop by SIGINT or SIGTERM is an orderly end."""
     from guard.errors import EngineError
     from server.run import make_server
 
-    server = make_server(app, settings.host, settings.port, on_started=on_started)
+    server = make_server(
+        app,
+        settings.host,
+        settings.port,
+        shutdown_timeout_s=settings.shutdown_timeout_s,
+        on_started=on_started,
+        lifecycle=lifecycle,
+    )
 
     async def main() -> None:
         await before()
-        await server.serve()
+        await server.serve(None if worker is None else list(worker.sockets))
 
     try:
         _run_async(main())

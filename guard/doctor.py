@@ -20,6 +20,8 @@ from guard.errors import (
 
 if TYPE_CHECKING:
     from guard.cli_session import Session
+    from server.engines.base import Engine
+    from server.selfcheck import SelfCheckReport
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 
@@ -160,18 +162,30 @@ def _detector(session: Session) -> str:
     return f"{len(guard.targets)} targets load"
 
 
-async def _engine(session: Session) -> str:
+async def _engine(session: Session) -> str | Finding:
     from guard.cli_compose import make_engine
     from server.selfcheck import self_check
 
-    engine = make_engine(session)
+    engine, prompts = make_engine(session), session.prompts(None)
+    reports: list[SelfCheckReport] = []
+
+    async def check(one: Engine) -> None:
+        reports.append(await self_check(one, prompts))
+        reports[-1].require()
+
     await engine.start()
     try:
         await engine.health()
-        report = await self_check(engine, session.prompts(None))
+        each = getattr(engine, "examine", None)  # an engine that is several
+        await (check(engine) if each is None else each(check))
+        figures: dict[str, dict[str, int]] = getattr(engine, "upstream_figures", dict)()
     finally:
         await engine.close()
-    report.require()
+    away = [label for label, one in figures.items() if not one["healthy"]]
+    if away:
+        text = f"upstreams that are away: {', '.join(away)}; the others fit"
+        return Finding("self-check", "warning", text)
+    report = reports[0]
     roles = ", ".join(f"{role} {outcome}" for role, outcome in report.roles.items())
     return f"{report.model} answers text and its clean embeddings alike; roles: {roles}"
 

@@ -6,20 +6,23 @@ reaches detectors and corruptions through the kernel's protocols only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from guard.chat_template import PART_SEPARATOR, content_parts
+from guard.answers import AnswerGuard
+from guard.contents import Content, contents_of, has_place, locate
+from guard.context import ContextPolicy, in_context, touches_context, without_context
 from guard.embeds import best_dtype, embeds_part
 from guard.errors import CannotCorruptError, StageError
 from guard.keys import GuardKey
 from guard.ledger import Ledger
 from guard.policy import TargetPolicy, route_of
 from guard.prompts import ContentTokens, ModelPrompts
-from guard.request import ParsedRequest, parse_request, replace_contents
+from guard.request import ParsedRequest, parse_request, replace_contents, unsteered
 from guard.rewrite import (
     CorruptedText,
     Corruption,
@@ -74,10 +77,18 @@ class Rewritten:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """All that a model would read of one request, and the role of each chat message."""
+    """All that a model would read of one request, and what of it is context.
+
+    Attributes:
+        segments: Its texts.
+        roles: The role of each chat message.
+        is_context: Says of a segment's path whether it is context.
+        readings: What detection looks at.
+    """
 
     segments: tuple[Segment, ...]
     roles: tuple[str, ...]
+    is_context: Callable[[str], bool]
     readings: list[Reading]
 
 
@@ -99,6 +110,7 @@ class Guard:
             can be decided but not rewritten, and token-id prompts can't be read.
         ledger: Where flagged decisions are recorded; None records nothing.
         version: Version of the bundle, for the ledger.
+        context: What is done about targets that results of tools and earlier turns touch.
         holds: Kept for as long as the guard lives: the bundle whose adapters engines read.
     """
 
@@ -111,11 +123,13 @@ class Guard:
         ledger: Ledger | None = None,
         version: int = 0,
         holds: object = None,
+        context: ContextPolicy = "corrupt",
     ) -> None:
         self.detector = detector
         self.targets = dict(targets)
         self.prompts = prompts
         self.version = version
+        self.context = context
         self._key = key
         self._ledger = ledger
         self._holds = holds
@@ -135,9 +149,20 @@ class Guard:
         Raises:
             ConfigError: A target has no adapter, and the route needs one.
         """
-        targets = {name: replace(policy, route=route) for name, policy in self.targets.items()}
+        return self._with(
+            {name: replace(policy, route=route) for name, policy in self.targets.items()}
+        )
+
+    def _with(self, targets: Mapping[str, TargetPolicy]) -> Guard:
         return Guard(
-            self.detector, targets, self._key, self.prompts, self._ledger, self.version, self._holds
+            self.detector,
+            targets,
+            self._key,
+            self.prompts,
+            self._ledger,
+            self.version,
+            self._holds,
+            self.context,
         )
 
     # --- Deciding ----------------------------------------------------------------------------
@@ -176,9 +201,10 @@ class Guard:
 
     def _view(self, request: ParsedRequest) -> _View:
         segments = request.segments(self._detokenise)
-        roles = tuple(message["role"] for message in request.raw.get("messages", ()))
+        messages = request.raw.get("messages", ())
+        roles = tuple(message["role"] for message in messages)
         try:
-            return _View(segments, roles, readings(segments, roles))
+            return _View(segments, roles, in_context(messages), readings(segments, roles))
         except Exception as error:
             raise StageError("view", error) from error
 
@@ -196,9 +222,14 @@ class Guard:
         hits.sort(key=lambda hit: (hit.p_value, -hit.score, hit.name))
         places = [rows[reading.text] for reading in view.readings]
         coverage = _coverage(view, detection.coverage[places])
+        if self.context == "ignore":
+            hits = without_context(hits, view.is_context)
+        route = route_of(hits, self.targets, view.segments, coverage)
+        if self.context == "refuse" and touches_context(hits, view.is_context):
+            route = "block" if route == "block" else "refuse"
         return Decision(
             flagged=bool(hits),
-            route=route_of(hits, self.targets, view.segments, coverage),
+            route=route,
             coverage=coverage,
             targets=tuple(hits),
             margin=float(detection.margins[places].max(initial=-np.inf)),
@@ -258,10 +289,10 @@ class Guard:
             raise CannotCorruptError("the request", "a target that it touches refuses")
         adapters = self._adapters(inspection.decision)
         if route == "adapt":
-            return Rewritten(request.body, adapters=adapters)
+            return Rewritten(unsteered(request), adapters=adapters)
         if self.prompts is None:
             raise StageError("rewrite", RuntimeError("no model files to take embeddings from"))
-        contents = _contents(request, request.segments(self._detokenise))
+        contents = contents_of(request, request.segments(self._detokenise))
         plan = self._plan(inspection.decision, contents)
         all_flagged = True
         if request.endpoint == "/v1/completions":
@@ -299,7 +330,7 @@ class Guard:
         )
 
     def _plan(
-        self, decision: Decision, contents: Mapping[int, _Content]
+        self, decision: Decision, contents: Mapping[int, Content]
     ) -> dict[int, list[Corruption]]:
         """For each message (or prompt) to replace, what every enforced target does to it."""
         plan: dict[int, list[Corruption]] = {}
@@ -308,9 +339,9 @@ class Guard:
                 continue
             spans: dict[int, list[tuple[int, int]]] = {}
             for span in hit.spans:
-                if self.targets[hit.name].adapts and not _has_place(span, contents):
+                if self.targets[hit.name].adapts and not has_place(span, contents):
                     continue  # there the adapter acts alone
-                index, start, end = _locate(span, contents)
+                index, start, end = locate(span, contents)
                 spans.setdefault(index, []).append((start, end))
             for index, found in spans.items():
                 plan.setdefault(index, []).append(
@@ -326,7 +357,7 @@ class Guard:
         self,
         request: ParsedRequest,
         index: int,
-        contents: Mapping[int, _Content],
+        contents: Mapping[int, Content],
         corruptions: Sequence[Corruption],
     ) -> CorruptedText:
         assert self.prompts is not None  # rewrite() saw to it
@@ -352,6 +383,22 @@ class Guard:
             **(request.raw.get("chat_template_kwargs") or {}),
         )
 
+    # --- Answers -------------------------------------------------------------------------------
+
+    def answers(self, inspection: Inspection) -> AnswerGuard:
+        """Return what judges the answers to a request."""
+        return AnswerGuard(self, inspection)
+
+    def strengthened(self, names: AbstractSet[str]) -> Guard:
+        """Return the same guard, in which adapters of some targets don't act alone."""
+        targets = {
+            name: replace(policy, route="corrupt+adapt")
+            if name in names and policy.route == "adapt"
+            else policy
+            for name, policy in self.targets.items()
+        }
+        return self._with(targets)
+
     # --- Recording -----------------------------------------------------------------------------
 
     def record(self, inspection: Inspection) -> None:
@@ -376,61 +423,27 @@ class Guard:
             request_digest=self._key.digest("request", inspection.request.body),
         )
 
+    def record_answer(self, inspection: Inspection, hits: Sequence[TextHit], attempt: int) -> None:
+        """Write to the ledger that an answer touched targets and was asked for again, or ended."""
+        if self._ledger is None:
+            return
+        self._ledger.append(
+            "answer",
+            bundle_version=self.version,
+            attempt=attempt,
+            targets=[
+                {"name": hit.target, "score": round(hit.score, 4), "p_value": hit.p_value}
+                for hit in hits
+            ],
+            request_digest=self._key.digest("request", inspection.request.body),
+        )
+
 
 def _added(request: ParsedRequest) -> dict[str, Any]:
     """The penalty of a flagged answer, unless the client set one of its own."""
     if any(request.raw.get(name) is not None for name in _PENALTIES):
         return {}
     return {"frequency_penalty": ANSWER_PENALTY}
-
-
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """The text of one message's content (or one prompt), and where each of its parts begins."""
-
-    text: str
-    parts: dict[str, int]
-
-
-def _contents(request: ParsedRequest, view: Sequence[Segment]) -> dict[int, _Content]:
-    """Everything that an embeddings part can replace, by index of message or prompt."""
-    if request.endpoint == "/v1/completions":
-        return {
-            segment.message: _Content(segment.text, {segment.path: 0})
-            for segment in view
-            if segment.message is not None
-        }
-    return {
-        index: _joined(f"messages/{index}/content", message)
-        for index, message in enumerate(request.raw["messages"])
-    }
-
-
-def _joined(path: str, message: Mapping[str, Any]) -> _Content:
-    """Join the parts as vLLM does; a part that is a string has the content's own path."""
-    content = message.get("content")
-    texts = content_parts(message)
-    if not isinstance(content, list):
-        return _Content("".join(texts), {path: 0})
-    starts: dict[str, int] = {}
-    at = 0
-    for number, (part, text) in enumerate(zip(content, texts, strict=True)):
-        starts[f"{path}/{number}/{part['type']}"] = at
-        at += len(text) + len(PART_SEPARATOR)
-    return _Content(PART_SEPARATOR.join(texts), starts)
-
-
-def _has_place(span: Span, contents: Mapping[int, _Content]) -> bool:
-    return any(span.path in content.parts for content in contents.values())
-
-
-def _locate(span: Span, contents: Mapping[int, _Content]) -> tuple[int, int, int]:
-    """Message index, and the span's place in that message's joined text."""
-    for index, content in contents.items():
-        if span.path in content.parts:
-            base = content.parts[span.path]
-            return index, base + span.start, base + span.end
-    raise CannotCorruptError(span.path, "no embeddings can take the place of this field")
 
 
 def _without_entity(reading: Reading, roles: Sequence[str]) -> list[Span]:

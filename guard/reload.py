@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from guard.answers import AnswerGuard
 from guard.errors import (
     EngineBusyError,
     EngineTimeoutError,
@@ -81,6 +82,10 @@ class LiveGuard:
     def record(self, inspection: Inspection) -> None:
         """Write a flagged decision to the ledger; see `Guard.record`."""
         self._guard_of(inspection).record(inspection)
+
+    def answers(self, inspection: Inspection) -> AnswerGuard:
+        """Return what judges the answers to a request; see `Guard.answers`."""
+        return self._guard_of(inspection).answers(inspection)
 
     def follow(self, every_s: float) -> None:
         """Look for new versions in a thread of its own, until `stop`."""

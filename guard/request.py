@@ -2,7 +2,7 @@
 
 What was classified must be what is sent: JSON that two parsers could read in two ways (duplicate
 keys, NaN, lone surrogates, other encodings) is refused, and so is every field that is not declared
-in `guard.schema`. See `docs/api.md` for the list.
+in `guard.schema`. `guard.fields` says what becomes of each field; `docs/api.md` lists them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any, Final
 import msgspec
 
 from guard.errors import CannotCorruptError, RequestError
-from guard.schema import BODIES, REFUSED, TEMPLATE_ARGUMENTS, ChatBody, CompletionBody
-from guard.segments import chat_segments, prompt_segments
+from guard.fields import STEERING, stripped, why_denied
+from guard.schema import BODIES, TEMPLATE_ARGUMENTS, ChatBody, CompletionBody
+from guard.segments import DetokeniseField, chat_segments, prompt_segments
 from guard.types import Segment
 
 ENDPOINTS: Final = ("/v1/chat/completions", "/v1/completions")
@@ -43,8 +44,8 @@ class ParsedRequest:
 
     Attributes:
         endpoint: One of `ENDPOINTS`.
-        body: The client's bytes.
-        raw: The decoded body; treat as read-only.
+        body: What the engine may get: the client's bytes, less the fields that are stripped.
+        raw: The decoded body, less these; treat as read-only.
         model: Name of the model asked for.
         stream: True if the client wants server-sent events.
         content: The typed body.
@@ -63,13 +64,14 @@ class ParsedRequest:
         Typed special tokens (`<|im_start|>`) stay in the text as they were sent.
 
         Args:
-            detokenise: Turns token ids into text; needed for prompts made of token ids.
+            detokenise: Turns token ids into text; needed for prompts made of token ids, and for
+                tokens that `logit_bias` favours.
 
         Raises:
-            RequestError: If the prompt is made of token ids that can't be turned into text.
+            RequestError: If it holds token ids that can't be turned into text.
         """
         if isinstance(self.content, ChatBody):
-            found = chat_segments(self.content)
+            found = chat_segments(self.content, _guarded(detokenise))
         else:
             found = prompt_segments(self.content, _guarded(detokenise))
         return tuple(segment for segment in found if segment.text)
@@ -94,8 +96,7 @@ def parse_request(endpoint: str, body: bytes) -> ParsedRequest:
     schema = BODIES.get(endpoint)
     if schema is None:
         raise RequestError(f"no such endpoint: {endpoint[:100]}", status=404, code="not_found")
-    raw = _decode(body)
-    _check_tree(raw)
+    raw = decode_body(body)
     if isinstance(raw.get("messages"), list):
         _check_parts(raw["messages"])
     try:
@@ -105,7 +106,43 @@ def parse_request(endpoint: str, body: bytes) -> ParsedRequest:
     except (OverflowError, RecursionError):
         raise RequestError("a number is too large", code="invalid_value") from None
     _check_rules(content)
+    raw, body = _without(stripped(endpoint), raw, body)
     return ParsedRequest(endpoint, body, raw, content.model, bool(content.stream), content)
+
+
+def decode_body(body: bytes) -> dict[str, Any]:
+    """Decode a JSON object that no two parsers can read in two ways.
+
+    Args:
+        body: The client's bytes.
+
+    Raises:
+        RequestError: If it is anything else, or holds the reserved token.
+    """
+    raw = _decode(body)
+    _check_tree(raw)
+    return raw
+
+
+def steering_dropped(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a body without what could steer a guarded answer back to what was asked.
+
+    A JSON schema can force a choice between answers or spell one out, so JSON of any shape takes
+    its place; `docs/api.md` says what is kept, and why.
+
+    Args:
+        raw: A decoded body.
+    """
+    kept = {name: value for name, value in raw.items() if name not in STEERING}
+    if (raw.get("response_format") or {}).get("type") == "json_schema":
+        kept["response_format"] = {"type": "json_object"}
+    return kept
+
+
+def unsteered(request: ParsedRequest) -> bytes:
+    """Return a request's body without steering; its bytes as they are, if there is none."""
+    raw = steering_dropped(request.raw)
+    return request.body if raw == request.raw else msgspec.json.encode(raw)
 
 
 def replace_contents(
@@ -113,7 +150,7 @@ def replace_contents(
     replacements: Mapping[int, bytes],
     added: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """Put embeddings in the place of text; everything else of the body stays as it was.
+    """Put embeddings in the place of text; all else stays as it was, but for what would steer.
 
     Args:
         request: The request as parsed.
@@ -128,7 +165,7 @@ def replace_contents(
         CannotCorruptError: If some prompts of a list have no replacement: an engine takes either
             texts or embeddings.
     """
-    raw = {**request.raw, **(added or {})}
+    raw = {**steering_dropped(request.raw), **(added or {})}
     if isinstance(request.content, ChatBody):
         messages = list(raw["messages"])
         for index, data in replacements.items():
@@ -206,6 +243,17 @@ _JSON: Final = json.JSONDecoder(
 )
 
 
+def _without(
+    names: Sequence[str], raw: dict[str, Any], body: bytes
+) -> tuple[dict[str, Any], bytes]:
+    """Take fields out of a body; the others keep their bytes."""
+    if raw.keys().isdisjoint(names):
+        return raw, body
+    values = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    kept = {name: value for name, value in values.items() if name not in names}
+    return {name: raw[name] for name in kept}, msgspec.json.encode(kept)
+
+
 def _check_tree(raw: dict[str, Any]) -> None:
     """Refuse depth, lone surrogates and the reserved token, wherever they stand."""
     stack: list[tuple[Any, int]] = [(raw, 1)]
@@ -264,12 +312,16 @@ def _check_rules(content: ChatBody | CompletionBody) -> None:
                 raise _refused(param, f"{param} is not accepted: {reason}")
         return
     if content.echo:
-        raise _refused("echo", f"echo may not be true: {REFUSED['echo']}")
+        raise _refused("echo", f"echo may not be true: {_why('echo')}")
     if content.suffix:
-        raise _refused("suffix", "suffix is not accepted: the engine can't take it with embeddings")
+        raise _refused("suffix", f"suffix is not accepted: {_why('suffix')}")
     if content.best_of not in (None, 1):
-        raise _refused("best_of", "best_of may only be 1: it samples answers that nobody checks")
+        raise _refused("best_of", f"best_of may only be 1: {_why('best_of')}")
     _check_prompt(content.prompt)
+
+
+def _why(name: str) -> str:
+    return why_denied("/v1/completions", name)
 
 
 def _check_prompt(prompt: Any) -> None:
@@ -295,16 +347,16 @@ def _prompt_list(prompt: Any) -> list[str | list[int]]:
     return list(prompt) if _is_batch(prompt) else [prompt]
 
 
-def _guarded(detokenise: Detokenise | None) -> Detokenise:
-    def turn(ids: Sequence[int]) -> str:
+def _guarded(detokenise: Detokenise | None) -> DetokeniseField:
+    def turn(ids: Sequence[int], param: str) -> str:
         if detokenise is None:
-            message = "prompts of token ids are not accepted here; send text"
-            raise RequestError(message, code="unsupported_content", param="prompt")
+            message = "token ids are not accepted here; send text"
+            raise RequestError(message, code="unsupported_content", param=param)
         try:
             return detokenise(ids)
         except (ValueError, IndexError, OverflowError, TypeError):
-            message = "prompt holds token ids that the model doesn't have"
-            raise RequestError(message, code="invalid_value", param="prompt") from None
+            message = f"{param} holds token ids that the model doesn't have"
+            raise RequestError(message, code="invalid_value", param=param) from None
 
     return turn
 
@@ -330,7 +382,7 @@ def _readable(message: str, endpoint: str) -> RequestError:
     if what.startswith(_UNKNOWN):
         name = what.removeprefix(_UNKNOWN)[:-1]
         path = _join(base, name[:100])
-        reason = REFUSED.get(name, "it is not among the declared fields")
+        reason = why_denied(endpoint, path)
         return _refused(path, f"field '{path}' is not accepted on {endpoint}: {reason}")
     if what.startswith(_MISSING):
         path = _join(base, what.removeprefix(_MISSING)[:-1])

@@ -1,8 +1,8 @@
 """The request bodies that the guard understands, field by field.
 
 Default deny: a field that is not declared here is refused at every depth, because the engine might
-read what the guard never saw. `REFUSED` says why for fields that clients of OpenAI or vLLM know.
-What is declared as free JSON (`Any`) is read whole by `guard.request`.
+read what the guard never saw. `guard.fields` says what becomes of each, and why others are refused.
+What is declared as free JSON (`Any`) is read whole by `guard.segments`.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class _Body(_Strict, kw_only=True):
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
-    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=4096)] | None = None
     ignore_eos: bool | None = None
     stop: _Stop | None = None
     stop_token_ids: Annotated[list[_Token], Meta(max_length=256)] | None = None
@@ -220,7 +220,7 @@ class ChatBody(_Body, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     tools: Annotated[list[Tool], Meta(max_length=512)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -236,7 +236,7 @@ class CompletionBody(_Body, kw_only=True):
 
     # msgspec allows one array type in a union; `guard.request` refuses mixed lists.
     prompt: str | Annotated[list[str | _Token | list[_Token]], Meta(min_length=1)]
-    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     echo: bool | None = None
     suffix: str | None = None
     best_of: Annotated[int, Meta(ge=1, le=16)] | None = None
@@ -246,46 +246,6 @@ BODIES: Final[dict[str, type[ChatBody] | type[CompletionBody]]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
 }
-
-_TEMPLATE = "it changes the prompt after the guard has read it"
-_PROBE = "it reads the likelihood of the prompt instead of an answer"
-_CACHE = "it reaches caches of other prompts"
-_STEER = "it can force an answer token by token"
-_OPAQUE = "the guard can't read what it holds"
-
-REFUSED: Final[dict[str, str]] = {
-    "add_generation_prompt": _TEMPLATE,
-    "add_special_tokens": _TEMPLATE,
-    "allowed_token_ids": _STEER,
-    "audio": _OPAQUE,
-    "bad_words": _STEER,
-    "cache_salt": _CACHE,
-    "chat_template": _TEMPLATE,
-    "continue_final_message": _TEMPLATE,
-    "documents": "put the documents into a message",
-    "ec_transfer_params": _CACHE,
-    "echo": _PROBE,
-    "function_call": "use tool_choice",
-    "functions": "use tools",
-    "guided_choice": "use response_format",
-    "guided_grammar": _STEER,
-    "guided_json": "use response_format",
-    "guided_regex": _STEER,
-    "kv_transfer_params": _CACHE,
-    "logprob_token_ids": _PROBE,
-    "media_io_kwargs": _OPAQUE,
-    "mm_processor_kwargs": _OPAQUE,
-    "prompt_embeds": _OPAQUE,
-    "prompt_logprobs": _PROBE,
-    "return_prompt_text": "it shows the prompt as the engine got it",
-    "return_token_ids": "it shows the prompt as the engine got it",
-    "structured_outputs": "use response_format",
-    "truncate_prompt_tokens": _TEMPLATE,
-    "truncation_side": _TEMPLATE,
-    "use_beam_search": "beam search can't take the place of sampling here",
-    "vllm_xargs": _OPAQUE,
-}
-"""Why some well-known fields are refused; all others are refused for being undeclared."""
 
 TEMPLATE_ARGUMENTS: Final = frozenset(
     {

@@ -25,6 +25,9 @@ from guard.schema import (
 )
 from guard.types import Segment
 
+DetokeniseField = Callable[[Sequence[int], str], str]
+"""Turns token ids of a field (named for errors) into text."""
+
 
 def strings(value: Any) -> Iterator[str]:
     """Yield every string of a JSON value, keys included, in the order of the document."""
@@ -40,7 +43,7 @@ def strings(value: Any) -> Iterator[str]:
                 stack += (inner, key)
 
 
-def chat_segments(body: ChatBody) -> Iterator[Segment]:
+def chat_segments(body: ChatBody, detokenise: DetokeniseField) -> Iterator[Segment]:
     """Yield the texts of a chat request."""
     for index, message in enumerate(body.messages):
         yield from _message(index, message)
@@ -52,19 +55,17 @@ def chat_segments(body: ChatBody) -> Iterator[Segment]:
     if isinstance(body.tool_choice, NamedToolChoice):
         yield Segment("tool_choice/function/name", body.tool_choice.function.name)
     yield from _free("chat_template_kwargs", body.chat_template_kwargs, TEMPLATE_SWITCHES)
-    yield from _common(body)
+    yield from _common(body, detokenise)
 
 
-def prompt_segments(
-    body: CompletionBody, detokenise: Callable[[Sequence[int]], str]
-) -> Iterator[Segment]:
+def prompt_segments(body: CompletionBody, detokenise: DetokeniseField) -> Iterator[Segment]:
     """Yield the texts of a completion request."""
     prompt: Any = body.prompt
     batch = isinstance(prompt, list) and not isinstance(prompt[0], int)
     for index, item in enumerate(prompt if batch else [prompt]):
         path = f"prompt/{index}" if batch else "prompt"
-        yield Segment(path, item if isinstance(item, str) else detokenise(item), index)
-    yield from _common(body)
+        yield Segment(path, item if isinstance(item, str) else detokenise(item, "prompt"), index)
+    yield from _common(body, detokenise)
 
 
 def _message(index: int, message: Message) -> Iterator[Segment]:
@@ -102,7 +103,7 @@ def _call(path: str, call: FunctionCall) -> Iterator[Segment]:
     yield Segment(f"{path}/arguments", call.arguments)
 
 
-def _common(body: ChatBody | CompletionBody) -> Iterator[Segment]:
+def _common(body: ChatBody | CompletionBody, detokenise: DetokeniseField) -> Iterator[Segment]:
     if isinstance(body.response_format, SchemaFormat):
         schema = body.response_format.json_schema
         path = "response_format/json_schema"
@@ -114,6 +115,9 @@ def _common(body: ChatBody | CompletionBody) -> Iterator[Segment]:
     else:
         for index, text in enumerate(body.stop or ()):
             yield Segment(f"stop/{index}", text)
+    # Tokens that an answer is pushed towards are words put into its mouth.
+    if favoured := [int(key) for key, bias in (body.logit_bias or {}).items() if bias > 0]:
+        yield Segment("logit_bias", detokenise(favoured, "logit_bias"))
 
 
 def _text(path: str, text: str | None) -> Iterator[Segment]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
@@ -23,6 +22,7 @@ from pydantic_settings import (
 )
 
 from guard.errors import ConfigError
+from guard.strict_yaml import read_yaml
 
 PREFIX = "UNLEARN_GUARD_"
 ENV_CONFIG = f"{PREFIX}CONFIG"
@@ -38,13 +38,35 @@ def _split(value: Any) -> Any:
     return value
 
 
+def _join(value: Any) -> Any:
+    """Write a list of names, as YAML gives it, as one string."""
+    if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
+        return ",".join(value)
+    return value
+
+
+def _checked_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("expected a URL such as http://127.0.0.1:8001")
+    if parts.username or parts.password:
+        raise ValueError("put credentials into upstream_api_key, not into the URL")
+    if parts.query or parts.fragment:
+        raise ValueError("expected a base URL without query or fragment")
+    return value.rstrip("/").removesuffix("/v1")
+
+
 class Settings(BaseSettings):
     """What can be set, with its default. Times are in seconds, sizes in bytes.
 
     Attributes:
         engine: `embedded` runs the model in this process; `vllm` asks one at `upstream`.
-        upstream: Base URL of vLLM, e.g. `http://127.0.0.1:8001`.
+        upstream: Base URL of vLLM, e.g. `http://127.0.0.1:8001`; several, `a,b`, that serve one
+            model share the requests.
         upstream_api_key: Sent to it as a bearer token.
+        upstream_check_s: How often each of several upstreams is looked at.
+        upstream_fall: Failures in a row after which one of them gets no more requests.
+        upstream_rise: Good checks in a row after which it gets some again.
         model: Directory or Hugging Face id of the served model; None is the packaged SmolLM2.
         served_model_name: The name that clients ask for; None takes it from `model`.
         bundle: Folder `bundles/<name>`.
@@ -55,14 +77,22 @@ class Settings(BaseSettings):
         host: Address to listen on.
         port: Port to listen on; 0 picks a free one.
         api_keys: Keys that clients must send, one of them; empty lets everyone in.
+        api_keys_file: YAML file of hashed keys with limits of their own; followed as it changes.
         metrics_key: Bearer token for `/metrics`; without it only this machine may read them.
         forward_authorization: Send the client's Authorization header to the engine.
+        embeddings: `pass` serves `/v1/embeddings` for texts that are not flagged, `deny` for none.
         on_error: When the guard fails to decide: `refuse` answers 503, `pass` lets through.
         max_body_bytes: Longest request body.
         body_timeout_s: For a client to send its body.
         decide_timeout_s: For a decision, waiting for it included.
         engine_timeout_s: Until the engine's answer begins.
         idle_timeout_s: Between two pieces of an answer.
+        context: What is done about forget targets in results of tools and earlier turns: corrupt
+            them there, leave them be, or refuse the request.
+        output_guard: Whether answers are read before they leave.
+        hold_back: Tokens of a streamed answer that are held back for that, at most.
+        equalise_s: Least seconds until a request is sent on or refused, flagged or not; 0 sends
+            it on at once.
         connect_timeout_s: To connect to the upstream.
         max_queue: Requests that wait for the embedded engine; beyond it 429.
         adapter_strengths: Strengths that vLLM is given each adapter at, evenly spaced to 1.
@@ -74,13 +104,18 @@ class Settings(BaseSettings):
             the same ones recur), or `concatenate` their ranks.
         max_lora_rank: Largest rank that vLLM takes.
         max_in_flight: Requests in work at one time; beyond it 503.
-        workers: Threads that decide and rewrite.
+        workers: Threads that decide and rewrite, in each process.
+        processes: Processes that serve (`serve --workers N`); more than one needs vLLM.
+        drain_s: After SIGTERM `/ready` says `draining` for so long while all is answered as ever.
+        shutdown_timeout_s: For running answers to end after that.
         threads: Threads of the encoder and the embedded model; None leaves it to them.
         reload_s: How often a new version of the bundle is looked for; 0 never.
         self_check: Whether `serve` refuses to start when engine, model and bundle don't fit.
         fpr_budget: Share of benign requests that a new target may flag.
         seed: Of everything random in learning.
         log_level: Least level that is logged.
+        log_format: `json` writes a line of JSON per event and per request, without any content.
+        otlp_endpoint: Base URL of an OpenTelemetry collector (OTLP over HTTP); None traces nothing.
     """
 
     model_config = SettingsConfigDict(
@@ -92,8 +127,11 @@ class Settings(BaseSettings):
     )
 
     engine: Literal["embedded", "vllm"] = "embedded"
-    upstream: str | None = None
+    upstream: Annotated[str, BeforeValidator(_join)] | None = None
     upstream_api_key: SecretStr | None = None
+    upstream_check_s: Seconds = 5.0
+    upstream_fall: Annotated[int, Field(ge=1, le=100)] = 3
+    upstream_rise: Annotated[int, Field(ge=1, le=100)] = 2
     model: str | None = None
     served_model_name: Annotated[str, Field(min_length=1)] | None = None
     bundle: Path = Path("bundles/default")
@@ -104,8 +142,10 @@ class Settings(BaseSettings):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)] = ()
+    api_keys_file: Path | None = None
     metrics_key: SecretStr | None = None
     forward_authorization: bool = False
+    embeddings: Literal["deny", "pass"] = "deny"
     on_error: Literal["refuse", "pass"] = "refuse"
     max_body_bytes: Annotated[int, Field(ge=1_000)] = 2_000_000
     body_timeout_s: Seconds = 60.0
@@ -113,6 +153,10 @@ class Settings(BaseSettings):
     engine_timeout_s: Seconds = 600.0
     idle_timeout_s: Seconds = 120.0
     connect_timeout_s: Seconds = 5.0
+    context: Literal["corrupt", "ignore", "refuse"] = "corrupt"
+    output_guard: bool = True
+    hold_back: Annotated[int, Field(ge=2, le=1024)] = 24
+    equalise_s: Annotated[float, Field(ge=0, le=60)] = 0.0
     max_queue: Annotated[int, Field(ge=0)] = 16
     adapter_strengths: Annotated[int, Field(ge=1, le=10)] = 3
     adapter_dir: Path | None = None
@@ -122,26 +166,44 @@ class Settings(BaseSettings):
     max_lora_rank: Annotated[int, Field(ge=1, le=512)] = 16
     max_in_flight: Annotated[int, Field(ge=1)] = 1024
     workers: Annotated[int, Field(ge=1, le=256)] = 2
+    processes: Annotated[int, Field(ge=1, le=256)] = 1
+    drain_s: Annotated[float, Field(ge=0, le=3_600)] = 0.0
+    shutdown_timeout_s: Annotated[int, Field(ge=1, le=86_400)] = 30
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     reload_s: Annotated[float, Field(ge=0, le=86_400)] = 1.0
     self_check: bool = True
     fpr_budget: Annotated[float, Field(gt=0, lt=1)] = 0.001
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    log_format: Literal["text", "json"] = "text"
+    otlp_endpoint: str | None = None
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_collector(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+            raise ValueError("expected a URL such as http://127.0.0.1:4318")
+        return value.rstrip("/").removesuffix("/v1/traces")
 
     @field_validator("upstream")
     @classmethod
     def _check_url(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        urls = [_checked_url(url) for url in _split(value)]
+        if not urls:
             raise ValueError("expected a URL such as http://127.0.0.1:8001")
-        if parts.username or parts.password:
-            raise ValueError("put credentials into upstream_api_key, not into the URL")
-        if parts.query or parts.fragment:
-            raise ValueError("expected a base URL without query or fragment")
-        return value.rstrip("/").removesuffix("/v1")
+        if len(set(urls)) < len(urls):
+            raise ValueError("one upstream is given twice")
+        return ",".join(urls)
+
+    @property
+    def upstreams(self) -> tuple[str, ...]:
+        """The base URLs of vLLM, one for each replica."""
+        return tuple(_split(self.upstream or ""))
 
     @classmethod
     def settings_customise_sources(
@@ -225,15 +287,7 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
-    except OSError as error:
-        raise ConfigError(f"settings file {path} can't be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"settings file {path} is not UTF-8") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        text = " ".join(str(error).split()) or "nested too deeply"
-        raise ConfigError(f"settings file {path} is not valid YAML: {text}") from error
+    value = read_yaml(path, "settings file")
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -246,17 +300,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
                 "`unlearn-guard config` lists all"
             )
     return value
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping from the node."""
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            raise yaml.YAMLError(f"a key is given twice near line {node.start_mark.line + 1}")
-        return mapping
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -18,11 +18,15 @@ from starlette.types import Scope
 
 from guard.errors import EngineError
 from guard.request import ENDPOINTS
+from server.access_log import RouteLog
+from server.dialects.routes import translated_routes
 from server.engines.base import Engine
 from server.errors import ApiError, ApiErrorRaised, log_failure, to_api_error
+from server.lifecycle import Lifecycle
 from server.limits import BearerKeys
 from server.proxy import Completions, Proxy
 from server.types import GuardLike, Readiness, ServerOptions
+from server.upstream_metrics import UpstreamFigures
 
 _HEALTH_TIMEOUT_S = 10.0
 
@@ -34,6 +38,8 @@ def create_app(
     engine: Engine,
     options: ServerOptions | None = None,
     readiness: Callable[[], Readiness] = Readiness,
+    lifecycle: Lifecycle | None = None,
+    gather: Callable[[bytes], Awaitable[bytes]] | None = None,
 ) -> Starlette:
     """Build the proxy.
 
@@ -42,11 +48,16 @@ def create_app(
         engine: Answers them; started and closed with the application.
         options: Limits and policies.
         readiness: Says what `/ready` reports of bundle and self-check.
+        lifecycle: Says whether the server is about to end.
+        gather: Adds the other processes' metrics to this one's.
 
     Returns:
         The ASGI application; `app.state.proxy` holds its shared parts.
     """
     proxy = Proxy(guard, engine, options or ServerOptions())
+    figures = getattr(engine, "upstream_figures", None)
+    if figures is not None:  # an engine that is several
+        proxy.metrics.registry.register(UpstreamFigures(figures))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -55,11 +66,13 @@ def create_app(
             yield
         finally:
             proxy.close()
+            await asyncio.to_thread(proxy.observer.close)
             await engine.close()
 
-    operator = _Operator(proxy, readiness)
+    operator = _Operator(proxy, readiness, lifecycle or Lifecycle(), gather)
     routes = [
         *(Route(path, Completions(path, proxy), methods=["POST"]) for path in ENDPOINTS),
+        *translated_routes(proxy),
         Route("/v1/models", _safe(operator.models), methods=["GET"]),
         Route("/health", _safe(operator.health), methods=["GET"]),
         Route("/ready", _safe(operator.ready), methods=["GET"]),
@@ -69,6 +82,8 @@ def create_app(
         routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error}
     )
     app.router.redirect_slashes = False
+    small = ("/v1/models", "/health", "/ready", "/metrics")
+    app.add_middleware(RouteLog, named=(*small, *ENDPOINTS), quiet=ENDPOINTS)
     app.state.proxy = proxy
     return app
 
@@ -76,8 +91,15 @@ def create_app(
 class _Operator:
     """The small routes."""
 
-    def __init__(self, proxy: Proxy, readiness: Callable[[], Readiness]) -> None:
+    def __init__(
+        self,
+        proxy: Proxy,
+        readiness: Callable[[], Readiness],
+        lifecycle: Lifecycle,
+        gather: Callable[[bytes], Awaitable[bytes]] | None,
+    ) -> None:
         self._proxy, self._readiness = proxy, readiness
+        self._lifecycle, self._gather = lifecycle, gather
         self._metrics_key = BearerKeys([k] if (k := proxy.options.metrics_key) else [])
         self._created = int(time.time())
 
@@ -91,6 +113,9 @@ class _Operator:
         return _json({"status": "alive"})
 
     async def ready(self, request: Request) -> Response:
+        if self._lifecycle.draining:
+            message = "not ready: the server ends; ask another"
+            raise ApiErrorRaised(ApiError(503, message, "server_error", "draining"))
         state = self._readiness()
         reason = None
         if state.self_check == "failed":
@@ -120,7 +145,10 @@ class _Operator:
             message = "metrics are for the operator: read them from this host, or set metrics_key"
             raise ApiErrorRaised(ApiError(403, message, code="forbidden"))
         metrics = self._proxy.metrics
-        return Response(metrics.render(), media_type=metrics.content_type)
+        text = metrics.render()
+        if self._gather is not None:
+            text = await self._gather(text)
+        return Response(text, media_type=metrics.content_type)
 
 
 def _is_local(scope: Scope) -> bool:

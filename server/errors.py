@@ -136,14 +136,18 @@ def to_api_error(error: BaseException) -> ApiError:
 
 def log_failure(what: str, error: BaseException) -> None:
     """Log a failure of ours or the engine's: its type and place, without any message."""
+    logger.error("%s: %s", what, describe(error))
+
+
+def describe(error: BaseException | None) -> str:
+    """Return the types of an error and its causes, and where they were raised; no message."""
     chain: list[str] = []
-    current: BaseException | None = error
-    while current is not None and len(chain) < 5:
-        frames = traceback.extract_tb(current.__traceback__)[-3:]
+    while error is not None and len(chain) < 5:
+        frames = traceback.extract_tb(error.__traceback__)[-3:]
         where = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames))
-        chain.append(f"{type(current).__name__} ({where})")
-        current = current.__cause__ or current.__context__
-    logger.error("%s: %s", what, "; from ".join(chain))
+        chain.append(f"{type(error).__name__} ({where})")
+        error = error.__cause__ or error.__context__
+    return "; from ".join(chain)
 
 
 async def send_error(send: Send, error: ApiError, *, finish: bool = True) -> None:

@@ -1,14 +1,24 @@
-"""Prometheus metrics. No label comes from a client: endpoints, routes and statuses are bounded."""
+"""Prometheus metrics. No label comes from a client: endpoints, routes and statuses are bounded.
+
+Targets are labels too, bounded by the bundle: the series of one that was removed go with it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+from guard.types import Decision
+
+_PREFIX = "unlearn_guard"
+_SECONDS = (
+    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1, 2.5, 5, 10, 30, 60, 300),
+)
+_SHARES = (0.5, 0.9, 0.99, 0.999, 0.9999, 1.0)
 
 
 class Metrics:
@@ -22,28 +32,90 @@ class Metrics:
 
     def __init__(self, waiting: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
-        prefix = "unlearn_guard"
-        self.requests = Counter(
-            f"{prefix}_requests",
+        self._make_counters()
+        self._make_histograms()
+        self.in_flight = Gauge(f"{_PREFIX}_in_flight", "Requests in work.", registry=self.registry)
+        Gauge(
+            f"{_PREFIX}_waiting", "Requests that wait for a worker.", registry=self.registry
+        ).set_function(lambda: float(waiting()))
+        self._target_names: Callable[[], Collection[str]] | None = None
+        self._target_series: set[tuple[str, str]] = set()
+
+    def _make_counters(self) -> None:
+        self.requests = self._counter(
+            "requests",
             "Requests answered, by endpoint, route taken and status (499: the client left).",
-            ["endpoint", "route", "status"],
-            registry=self.registry,
+            "endpoint",
+            "route",
+            "status",
         )
-        self.decisions = Counter(
-            f"{prefix}_decisions", "Decisions, by route.", ["route"], registry=self.registry
+        self.decisions = self._counter("decisions", "Decisions, by route.", "route")
+        self.target_decisions = self._counter(
+            "target_decisions",
+            "Decisions that touch a target, by route ('detecting': recorded and not enforced).",
+            "target",
+            "route",
         )
-        self.failures = Counter(
-            f"{prefix}_failures", "Failures of a part.", ["part"], registry=self.registry
+        self.failures = self._counter("failures", "Failures of a part.", "part")
+        self.answer_checks = self._counter(
+            "answer_checks", "Checks of answers before they leave, by outcome.", "outcome"
         )
+        self.remakes = self._counter(
+            "remakes",
+            "Answers that touched a target: made 'again' from there on, or 'ended' there.",
+            "outcome",
+        )
+
+    def _make_histograms(self) -> None:
+        self.connection_wait_seconds = self._histogram(
+            "connection_wait_seconds",
+            "From accepting a connection to the first byte of its first request.",
+        )
+        self.queue_wait_seconds = self._histogram(
+            "queue_wait_seconds", "From a request's first byte to its handling."
+        )
+        self.body_seconds = self._histogram("body_seconds", "Time to read a body.")
+        self.worker_wait_seconds = self._histogram(
+            "worker_wait_seconds", "Time a decision waited for a worker."
+        )
+        self.detect_seconds = self._histogram("detect_seconds", "Time a worker took to decide.")
         self.decide_seconds = self._histogram("decide_seconds", "Time to decide, queue included.")
+        self.rewrite_seconds = self._histogram("rewrite_seconds", "Time to rewrite a request.")
         self.first_byte_seconds = self._histogram(
             "engine_first_byte_seconds", "Time until the engine's answer began."
         )
+        self.hold_back_seconds = self._histogram(
+            "hold_back_seconds", "Time a piece of an answer was held back to be checked."
+        )
         self.request_seconds = self._histogram("request_seconds", "Time of a whole request.")
-        self.in_flight = Gauge(f"{prefix}_in_flight", "Requests in work.", registry=self.registry)
-        Gauge(
-            f"{prefix}_waiting", "Requests that wait for a worker.", registry=self.registry
-        ).set_function(lambda: float(waiting()))
+        self.coverage = Histogram(
+            f"{_PREFIX}_coverage",
+            "Share of a request's characters that the detectors read.",
+            buckets=_SHARES,
+            registry=self.registry,
+        )
+
+    def decided(self, decision: Decision, route: str) -> None:
+        """Count a decision.
+
+        Args:
+            decision: What the guard said.
+            route: What is done; another than the guard's where not everything was read.
+        """
+        self.decisions.labels(route).inc()
+        self.coverage.observe(decision.coverage)
+        for hit in decision.targets:
+            series = (hit.name, route if hit.enforced else "detecting")
+            self._target_series.add(series)
+            self.target_decisions.labels(*series).inc()
+
+    def follow_targets(self, names: Callable[[], Collection[str]]) -> None:
+        """Drop what was counted for targets that the bundle no longer holds.
+
+        Args:
+            names: Returns the bundle's targets; asked whenever metrics are read.
+        """
+        self._target_names = names
 
     def follow_adapters(self, counts: Callable[[], Mapping[str, int]]) -> None:
         """Report what an engine says of its adapters, read whenever metrics are.
@@ -53,12 +125,33 @@ class Metrics:
         """
         self.registry.register(_AdapterCounts(counts))
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"unlearn_guard_{name}", text, buckets=_SECONDS, registry=self.registry)
+    def follow_upstreams(self, figures: Callable[[], Mapping[str, Mapping[str, int]]]) -> None:
+        """Report what an engine says of its replicas, read whenever metrics are.
+
+        Args:
+            figures: Returns, by replica, numbers by what they count.
+        """
+        self.registry.register(_UpstreamFigures(figures))
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
+        self._forget_removed()
         return generate_latest(self.registry)
+
+    def _forget_removed(self) -> None:
+        """A target's name is what someone asked to be forgotten: it doesn't outlive the target."""
+        if self._target_names is None:
+            return
+        known = frozenset(self._target_names())
+        for series in [series for series in self._target_series if series[0] not in known]:
+            self.target_decisions.remove(*series)
+            self._target_series.discard(series)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"{_PREFIX}_{name}", text, buckets=_SECONDS, registry=self.registry)
 
 
 class _AdapterCounts(Collector):
@@ -77,4 +170,24 @@ class _AdapterCounts(Collector):
         )
         for name, value in self._counts().items():
             metric.add_metric([name], float(value))
+        yield metric
+
+
+class _UpstreamFigures(Collector):
+    """What is known of each replica of the engine, as Prometheus takes it."""
+
+    def __init__(self, figures: Callable[[], Mapping[str, Mapping[str, int]]]) -> None:
+        self._figures = figures
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one metric, labelled by replica and by what was counted."""
+        metric = GaugeMetricFamily(
+            "unlearn_guard_upstreams",
+            "Replicas of the engine: healthy (1) or not (0), outstanding requests; since the start "
+            "failures, ejections, and requests retried.",
+            labels=["upstream", "what"],
+        )
+        for label, figures in self._figures().items():
+            for name, value in figures.items():
+                metric.add_metric([label, name], float(value))
         yield metric

@@ -1,16 +1,23 @@
 """Uvicorn's HTTP protocol with limits on headers, and errors in OpenAI's format.
 
-Uvicorn itself waits for ever for a first request's headers, and takes any amount of them.
+Uvicorn itself waits for ever for a first request's headers, and takes any amount of them. Each
+request carries the times of its beginning, so that waiting is measured from the socket on.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, ClassVar, cast
+import time
+from typing import Any, ClassVar, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.errors import ApiError
+
+RECEIVED_AT: Final = "unlearn_guard.received_at"
+"""In a scope's state: when the request's first byte was read (`time.perf_counter`)."""
+ACCEPTED_AT: Final = "unlearn_guard.accepted_at"
+"""In the state of a connection's first request: when the connection was accepted."""
 
 
 class _HeadersTooLarge(Exception):
@@ -26,11 +33,13 @@ class LimitedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._header_bytes = 0
+        self._accepted_at: float | None = None
         self._header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock for the first request."""
         super().connection_made(transport)
+        self._accepted_at = time.perf_counter()
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -41,6 +50,10 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Start the clock for a request's headers."""
         super().on_message_begin()
+        state = self.scope["state"]
+        state[RECEIVED_AT] = time.perf_counter()
+        if self._accepted_at is not None:
+            state[ACCEPTED_AT], self._accepted_at = self._accepted_at, None
         self._header_bytes = 0
         self._arm()
 

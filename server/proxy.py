@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from starlette.types import Message, Receive, Scope, Send
 
 from guard.errors import EngineError, StageError
 from guard.request import parse_request
-from guard.types import AdapterUse, Route
+from guard.rewrite import StandIn
+from guard.types import AdapterUse, Route, TextHit
 from server.engines.base import Engine, EngineResponse
 from server.errors import (
     ApiError,
@@ -24,8 +25,8 @@ from server.errors import (
     send_error,
     to_api_error,
 )
+from server.keys import KeyRing
 from server.limits import (
-    BearerKeys,
     Workers,
     check_content_type,
     pick_headers,
@@ -33,12 +34,18 @@ from server.limits import (
     send_and_linger,
 )
 from server.metrics import Metrics
+from server.observe import Observation, Observer
+from server.output_guard import ATTEMPTS, OutputGuard
 from server.restoring import restored
 from server.streaming import relay, relay_refusal, until_gone
+from server.tracing import open_tracing
 from server.types import GuardLike, ServerOptions
 
 if TYPE_CHECKING:
-    from guard.pipeline import Inspection
+    from guard.answers import Said
+    from guard.pipeline import Inspection, Rewritten
+
+T = TypeVar("T")
 
 REQUEST_HEADERS: Final = ("accept", "x-request-id", "traceparent", "tracestate")
 REWRITING: Final = ("corrupt", "adapt", "corrupt+adapt")
@@ -86,11 +93,14 @@ class Proxy:
 
     def __init__(self, guard: GuardLike, engine: Engine, options: ServerOptions) -> None:
         self.guard, self.engine, self.options = guard, engine, options
-        self.keys = BearerKeys(options.api_keys)
+        self.keys = KeyRing(options.api_keys, options.api_keys_file)
         self.workers = Workers(options.workers, options.max_waiting)
         # The ledger must not wait behind decisions: its lateness would mark flagged requests.
         self.recorder = Workers(1, options.max_in_flight, "ledger")
+        # Running answers must not wait behind new requests.
+        self.checkers = Workers(options.workers, options.max_in_flight, "answers")
         self.metrics = Metrics(lambda: self.workers.waiting)
+        self.observer = Observer(self.metrics, open_tracing(options.otlp_endpoint))
         counts = getattr(engine, "adapter_figures", None)
         if counts is not None:  # an engine that has a limited number of places for them
             self.metrics.follow_adapters(counts)
@@ -101,6 +111,7 @@ class Proxy:
         """Give the threads back."""
         self.workers.close()
         self.recorder.close()
+        self.checkers.close()
 
 
 class Completions:
@@ -112,8 +123,9 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; never raises for what a client, the guard or the engine did."""
         proxy = self._proxy
-        exchange = _Exchange(self._endpoint, proxy, scope, receive, send)
-        begun = time.perf_counter()
+        observation = proxy.observer.begin(self._endpoint, scope)
+        exchange = _Exchange(self._endpoint, proxy, observation, scope, receive, send)
+        status = _CLIENT_LEFT
         proxy.in_flight += 1
         proxy.metrics.in_flight.inc()
         try:
@@ -121,24 +133,32 @@ class Completions:
         finally:
             proxy.in_flight -= 1
             proxy.metrics.in_flight.dec()
-        proxy.metrics.request_seconds.observe(time.perf_counter() - begun)
-        proxy.metrics.requests.labels(self._endpoint, exchange.route, str(status)).inc()
+            observation.done(status)
 
 
 class _Exchange:
     """One request and its answer."""
 
     def __init__(
-        self, endpoint: str, proxy: Proxy, scope: Scope, receive: Receive, send: Send
+        self,
+        endpoint: str,
+        proxy: Proxy,
+        observation: Observation,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
     ) -> None:
+        self.observation = observation
         self.endpoint, self.proxy, self.options = endpoint, proxy, proxy.options
         self.scope, self.receive, self._send = scope, receive, send
         self.route: Route | str = "none"
+        self._begun = time.perf_counter()
         self._started = False
         self._finished = False
 
     async def send(self, message: Message) -> None:
         self._started = True
+        self.observation.sent(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self._finished = True
         await self._send(message)
@@ -166,14 +186,18 @@ class _Exchange:
         return answer.status
 
     async def _answer(self) -> int:
+        async with self.proxy.keys.admit(self.scope) as caller:
+            self.observation.key = caller.name
+            return await self._admitted(caller.body_limit(self.options.max_body_bytes))
+
+    async def _admitted(self, max_body_bytes: int) -> int:
         options = self.options
-        self.proxy.keys.check(self.scope)
         if self.proxy.in_flight > options.max_in_flight:
             raise ApiErrorRaised(overloaded())
         check_content_type(self.scope)
-        body = await read_body(
-            self.scope, self.receive, options.max_body_bytes, options.body_timeout_s
-        )
+        with self.observation.stage("body"):
+            body = await read_body(self.scope, self.receive, max_body_bytes, options.body_timeout_s)
+        self.observation.bytes_in = len(body)
         return await until_gone(self.receive, self._guarded(body), lambda: self._finished)
 
     async def _guarded(self, body: bytes) -> int:
@@ -189,36 +213,34 @@ class _Exchange:
                 )
             )
         if inspection is None:
-            return await self._relay(await self._post(body))
-        return await self._decided(inspection, body)
+            return await self._relay(await self.post(parse_request(self.endpoint, body).body))
+        return await self._decided(inspection, inspection.request.body)
 
     async def _inspect(self, body: bytes) -> Inspection | None:
         """Decide; None if that failed and the operator wants such requests passed."""
-        begun = time.perf_counter()
+        inspect = self.observation.detecting(self.proxy.guard.inspect)
         try:
-            async with asyncio.timeout(self.options.decide_timeout_s):
-                inspection = await self.proxy.workers.run(
-                    self.proxy.guard.inspect, self.endpoint, body
-                )
+            with self.observation.stage("decide"):
+                async with asyncio.timeout(self.options.decide_timeout_s):
+                    inspection = await self.proxy.workers.run(inspect, self.endpoint, body)
         except (StageError, TimeoutError) as error:
             log_failure("the guard failed to decide", error)
             self.proxy.metrics.failures.labels("guard").inc()
             if self.options.on_error == "refuse":
                 raise ApiErrorRaised(guard_failed()) from error
-            self.route = "pass"
+            self.route = self.observation.route = "pass"
             return None
-        self.proxy.metrics.decide_seconds.observe(time.perf_counter() - begun)
         self.route = _route(inspection)
-        self.proxy.metrics.decisions.labels(self.route).inc()
+        self.observation.decided(inspection.decision, self.route)
         return inspection
 
     async def _decided(self, inspection: Inspection, body: bytes) -> int:
         """Act on a decision. The ledger is written while the engine works, not before."""
         record: asyncio.Task[None] | None = None
         if inspection.decision.flagged:
-            record = asyncio.create_task(self._record(inspection))
+            record = asyncio.create_task(self.recorded(self.proxy.guard.record, inspection))
         try:
-            response = await self._routed(inspection, body)
+            response, stand_ins = await self._routed(inspection, body)
             try:
                 if record is not None:
                     await asyncio.shield(record)
@@ -228,38 +250,67 @@ class _Exchange:
         finally:
             if record is not None:
                 await _settled(record)
+        if response.status < 300:
+            response = await self._checked(response, inspection, stand_ins)
         replaced = self.route in REWRITING
         return await self._relay(response, replaced=replaced)
 
-    async def _routed(self, inspection: Inspection, body: bytes) -> EngineResponse:
-        if self.route == "pass":
-            return await self._post(body)
+    async def _routed(
+        self, inspection: Inspection, body: bytes
+    ) -> tuple[EngineResponse, tuple[StandIn, ...]]:
         if self.route not in REWRITING:
+            await self._equalised()
+            if self.route == "pass":
+                return await self.post(body), ()
             raise ApiErrorRaised(content_refused())
-        rewritten = await self.proxy.workers.run(self.proxy.guard.rewrite, inspection)
-        response = await self._post(rewritten.body, rewritten.adapters)
-        if response.status >= 300:
-            return response
-        async with asyncio.timeout(self.options.idle_timeout_s):
-            return await restored(response, rewritten.stand_ins)
+        with self.observation.stage("rewrite"):
+            rewritten = await self.proxy.workers.run(self.proxy.guard.rewrite, inspection)
+        await self._equalised()
+        return await self.post(rewritten.body, rewritten.adapters), rewritten.stand_ins
 
-    async def _record(self, inspection: Inspection) -> None:
+    async def _equalised(self) -> None:
+        """Wait until the guard's own time is the same for all requests."""
+        left = self._begun + self.options.equalise_s - time.perf_counter()
+        if left > 0:
+            await asyncio.sleep(left)
+
+    async def _checked(
+        self, response: EngineResponse, inspection: Inspection, stand_ins: Sequence[StandIn]
+    ) -> EngineResponse:
+        """Read the answer as the model gave it; then put back the names that were asked for."""
+        options, names = self.options, list(stand_ins)
+        if options.output_guard:
+            guard = OutputGuard(
+                self.proxy.guard.answers(inspection),
+                _Around(self, inspection),
+                options.hold_back,
+                options.idle_timeout_s,
+                _wants_usage(inspection.request.raw),
+                names,
+            )
+            response = await guard.checked(response)
+        async with asyncio.timeout(options.idle_timeout_s):
+            return await restored(response, names, may_grow=options.output_guard)
+
+    async def recorded(self, function: Callable[..., None], *args: Any) -> None:
+        """Write to the ledger; what can't be recorded is not answered."""
         try:
-            await self.proxy.recorder.run(self.proxy.guard.record, inspection)
+            await self.proxy.recorder.run(function, *args)
         except Exception as error:
             log_failure("the ledger could not be written", error)
             self.proxy.metrics.failures.labels("ledger").inc()
             raise ApiErrorRaised(guard_failed()) from error
 
-    async def _post(self, body: bytes, adapters: Sequence[AdapterUse] = ()) -> EngineResponse:
+    async def post(self, body: bytes, adapters: Sequence[AdapterUse] = ()) -> EngineResponse:
+        """Send a request to the engine and wait for its answer to begin."""
         headers = pick_headers(self.scope, REQUEST_HEADERS)
         if self.options.forward_authorization:
             headers |= pick_headers(self.scope, ("authorization",))
         headers["content-type"] = "application/json"
-        begun = time.perf_counter()
-        async with asyncio.timeout(self.options.engine_timeout_s):
-            response = await self.proxy.engine.post(self.endpoint, body, headers, adapters)
-        self.proxy.metrics.first_byte_seconds.observe(time.perf_counter() - begun)
+        with self.observation.stage("upstream"):
+            headers |= self.observation.headers()
+            async with asyncio.timeout(self.options.engine_timeout_s):
+                response = await self.proxy.engine.post(self.endpoint, body, headers, adapters)
         # A redirect, or our own key refused, is a fault of this set-up and not of the client.
         ours = response.status in (401, 403) and not self.options.forward_authorization
         if ours or not (200 <= response.status < 300 or 400 <= response.status < 600):
@@ -274,6 +325,41 @@ class _Exchange:
             return await relay(response, self.send, self.options.idle_timeout_s)
         finally:
             await response.aclose()
+
+
+class _Around:
+    """What the output guard needs to check the answers of one request."""
+
+    def __init__(self, exchange: _Exchange, inspection: Inspection) -> None:
+        self._exchange, self._inspection = exchange, inspection
+        self._proxy = exchange.proxy
+
+    async def work(self, function: Callable[..., T], *args: Any) -> T:
+        """Run a call of the guard in a thread; a failure ends the answer unsaid."""
+        try:
+            return await self._proxy.checkers.run(function, *args)
+        except StageError:
+            self._proxy.metrics.failures.labels("answer").inc()
+            raise
+
+    async def ask(self, rewritten: Rewritten) -> EngineResponse:
+        """Send the request for the rest of an answer."""
+        response = await self._exchange.post(rewritten.body, rewritten.adapters)
+        if response.status != 200:
+            await response.aclose()
+            raise EngineError(f"the engine answered with status {response.status}")
+        return response
+
+    async def note(self, hits: Sequence[TextHit], said: Said) -> None:
+        """Write to the ledger that an answer touched targets."""
+        outcome = "again" if said.attempt <= ATTEMPTS else "ended"
+        self._proxy.metrics.remakes.labels(outcome).inc()
+        answers = self._proxy.guard.answers(self._inspection)
+        await self._exchange.recorded(answers.record, hits, said)
+
+
+def _wants_usage(raw: Mapping[str, Any]) -> bool:
+    return bool((raw.get("stream_options") or {}).get("include_usage"))
 
 
 def _route(inspection: Inspection) -> Route:

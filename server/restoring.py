@@ -20,7 +20,9 @@ _TEXTS: Final = ("content", "reasoning_content", "reasoning", "refusal")
 _EVENT_END: Final = b"\n\n"
 
 
-async def restored(response: EngineResponse, stand_ins: Sequence[StandIn]) -> EngineResponse:
+async def restored(
+    response: EngineResponse, stand_ins: Sequence[StandIn], may_grow: bool = False
+) -> EngineResponse:
     """Make an answer name whom the client asked about.
 
     A whole answer keeps its `content-length`: without one, its headers would tell that it was
@@ -29,8 +31,9 @@ async def restored(response: EngineResponse, stand_ins: Sequence[StandIn]) -> En
     Args:
         response: A 2xx answer in the form of chat or text completions.
         stand_ins: Names that the model read instead; none returns the answer as it is.
+        may_grow: More may be added to `stand_ins` while a streamed answer comes.
     """
-    if not stand_ins:
+    if not (stand_ins or may_grow):
         return response
     streamed = any(
         name.lower() == "content-type" and value.startswith("text/event-stream")
@@ -38,6 +41,8 @@ async def restored(response: EngineResponse, stand_ins: Sequence[StandIn]) -> En
     )
     if streamed:
         return EngineResponse(response.status, response.headers, _events(response, stand_ins))
+    if not stand_ins:
+        return response
     try:
         body = _whole(await response.read(), stand_ins)
     finally:
@@ -87,11 +92,11 @@ class _Stream:
 
     def __init__(self, stand_ins: Sequence[StandIn]) -> None:
         self._stand_ins = stand_ins
-        self._restorers: dict[tuple[int, str], NameRestorer] = {}
+        self._restorers: dict[tuple[int, str], tuple[int, NameRestorer]] = {}
 
     def event(self, event: bytes) -> bytes:
         """Rewrite one event; comments and `[DONE]` stay as they are."""
-        if not event.startswith(b"data:"):
+        if not (self._stand_ins and event.startswith(b"data:")):
             return event
         data = event.removeprefix(b"data:").strip()
         if not data.startswith(b"{"):
@@ -108,8 +113,8 @@ class _Stream:
 
         def put(field: str, text: str) -> str:
             seen.add(field)
-            restorer = self._restorer(number, field)
-            out = restorer.feed(text)
+            before, restorer = self._restorer(number, field)
+            out = before + restorer.feed(text)
             return out + restorer.flush() if ended else out
 
         _each_text(choice, put)
@@ -119,12 +124,19 @@ class _Stream:
 
     def _give_rest(self, choice: dict[str, Any], number: int, seen: set[str]) -> None:
         """Put what is still held into the last event, which may have no text of its own."""
-        for (owner, field), restorer in self._restorers.items():
+        for (owner, field), (_, restorer) in self._restorers.items():
             if owner == number and field not in seen and (rest := restorer.flush()):
                 _set_text(choice, field, rest)
 
-    def _restorer(self, number: int, field: str) -> NameRestorer:
-        return self._restorers.setdefault((number, field), NameRestorer(self._stand_ins))
+    def _restorer(self, number: int, field: str) -> tuple[str, NameRestorer]:
+        """Return a field's restorer, and what is left of one that knew fewer names."""
+        known, restorer = self._restorers.get((number, field), (-1, None))
+        if restorer is not None and known == len(self._stand_ins):
+            return "", restorer
+        left = "" if restorer is None else restorer.flush()
+        fresh = NameRestorer(self._stand_ins)
+        self._restorers[number, field] = len(self._stand_ins), fresh
+        return left, fresh
 
 
 def _each_text(choice: dict[str, Any], change: Callable[[str, str], str]) -> None:

@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Callable
+from types import FrameType
+from typing import Final
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from server.lifecycle import Lifecycle
 from server.protocol import LimitedProtocol
+
+_CLOSE: Final = (b"connection", b"close")
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn that says where it listens."""
+    """Uvicorn that says where it listens, and that it ends before it does."""
 
     on_started: Callable[[str], None] | None = None
+    lifecycle: Lifecycle
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started and self.on_started is not None:
             self.on_started(self.address())
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at SIGTERM; end at once at SIGINT, or at a second signal."""
+        self.lifecycle.drain(at_once=sig == signal.SIGINT)
+        if self.lifecycle.is_over:
+            super().handle_exit(sig, frame)
+        else:
+            self._captured_signals.append(sig)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look ten times a second if it is time to end."""
+        ends = await super().on_tick(counter)
+        headers = self.server_state.default_headers
+        if self.lifecycle.draining and _CLOSE not in headers:
+            # Clients that keep their connection would never meet another server.
+            self.server_state.default_headers = [*headers, _CLOSE]
+        return ends or self.lifecycle.is_over
 
     def address(self) -> str:
         """Return the first address that is listened on."""
@@ -38,6 +62,7 @@ def make_server(
     uds: str | None = None,
     shutdown_timeout_s: int = 30,
     on_started: Callable[[str], None] | None = None,
+    lifecycle: Lifecycle | None = None,
 ) -> uvicorn.Server:
     """Build the server without running it; see `serve`."""
     config = uvicorn.Config(
@@ -59,6 +84,7 @@ def make_server(
     )
     server = _Server(config)
     server.on_started = on_started
+    server.lifecycle = lifecycle or Lifecycle()
     return server
 
 
@@ -70,8 +96,11 @@ def serve(
     uds: str | None = None,
     shutdown_timeout_s: int = 30,
     on_started: Callable[[str], None] | None = None,
+    lifecycle: Lifecycle | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; answers in work get `shutdown_timeout_s` to end.
+
+    At SIGTERM the server first goes on for the lifecycle's `drain_s`.
 
     Args:
         app: The application.
@@ -80,6 +109,7 @@ def serve(
         uds: Path of a Unix socket, instead of host and port.
         shutdown_timeout_s: Seconds for running answers at shutdown.
         on_started: Called with the address once requests are taken.
+        lifecycle: That of the application, so that `/ready` tells of the end.
 
     Raises:
         KeyboardInterrupt: After a shutdown by SIGINT.
@@ -92,5 +122,6 @@ def serve(
         uds=uds,
         shutdown_timeout_s=shutdown_timeout_s,
         on_started=on_started,
+        lifecycle=lifecycle,
     )
     server.run()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
+    from guard.answers import AnswerGuard
     from guard.pipeline import Inspection, Rewritten
 
 
@@ -22,6 +24,10 @@ class GuardLike(Protocol):
 
     def record(self, inspection: Inspection) -> None:
         """Write a flagged decision to the ledger."""
+        ...
+
+    def answers(self, inspection: Inspection) -> AnswerGuard:
+        """Return what judges the answers to a request."""
         ...
 
 
@@ -44,6 +50,9 @@ class ServerOptions:
 
     Attributes:
         api_keys: Keys that clients may send as bearer tokens; empty lets everyone in.
+        api_keys_file: Hashed keys with limits of their own; see `server.keys`. Where there is such
+            a file, a key is asked for even if it lists none.
+        otlp_endpoint: Base URL of an OpenTelemetry collector; None traces nothing.
         metrics_key: Bearer token for `/metrics`; without one, only loopback peers may read it,
             because its counters would tell a client whether its request was flagged.
         on_error: What happens when the guard fails to decide: `refuse` answers 503, `pass` sends
@@ -57,10 +66,18 @@ class ServerOptions:
         decide_timeout_s: Time for a decision, waiting included; above it 503.
         engine_timeout_s: Time until the engine's answer begins; above it 504.
         idle_timeout_s: Time between two pieces of an answer, from the engine or to the client.
+        output_guard: Read answers before they leave, and ask again for those that touch a target.
+        hold_back: Tokens of a streamed answer that are held back for that, at most.
+        embeddings: `pass` judges the inputs of `/v1/embeddings` and sends on those that are not
+            flagged; `deny` sends none.
+        equalise_s: Least time from a request's arrival until it is sent on or refused, flagged or
+            not, so that the guard's own time tells nothing; 0 sends it on at once.
         models_ttl_s: How long the engine's list of models is remembered.
     """
 
     api_keys: tuple[str, ...] = ()
+    api_keys_file: Path | None = None
+    otlp_endpoint: str | None = None
     metrics_key: str | None = None
     on_error: Literal["refuse", "pass"] = "refuse"
     forward_authorization: bool = False
@@ -72,4 +89,8 @@ class ServerOptions:
     decide_timeout_s: float = 60.0
     engine_timeout_s: float = 600.0
     idle_timeout_s: float = 120.0
+    output_guard: bool = True
+    hold_back: int = 24
+    equalise_s: float = 0.0
+    embeddings: Literal["deny", "pass"] = "deny"
     models_ttl_s: float = 10.0

@@ -116,7 +116,7 @@ def test_the_same_text_gets_the_same_noise_and_another_text_other_noise(guard: G
 
 
 def test_everything_else_of_the_body_stays(guard: Guard) -> None:
-    fields = {"temperature": 0.5, "stop": ["\n\n"], "seed": 7, "user": "u"}
+    fields = {"temperature": 0.5, "stop": ["\n\n"], "seed": 7, "n": 2}
     sent = rewritten(guard, CHAT, chat(BENIGN, FLAGGED, **fields))
     assert {key: sent[key] for key in fields} == fields
     assert sent["messages"][0] == {"role": "user", "content": BENIGN}

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guard.errors import CannotCorruptError, RequestError
-from guard.request import ENDPOINTS, parse_request, replace_contents
+from guard.request import ENDPOINTS, parse_request, replace_contents, unsteered
 from guard.schema import SCHEMA_WORDS, TEMPLATE_ARGUMENTS, TEMPLATE_SWITCHES, ChatBody
 from guard.segments import strings
 
@@ -136,7 +136,8 @@ def test_harmless_values_of_probing_fields_pass() -> None:
         ({"top_k": -2}, "top_k"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
-        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 6}, "top_logprobs"),
+        ({"min_tokens": 4097}, "min_tokens"),
         ({"presence_penalty": -3}, "presence_penalty"),
         ({"seed": 2**63}, "seed"),
         ({"stop": ["a", 1]}, "stop[1]"),
@@ -382,6 +383,41 @@ def test_original_request_is_not_changed_by_rewriting() -> None:
     before = json.dumps(request.raw)
     replace_contents(request, {0: b"QQ=="})
     assert json.dumps(request.raw) == before
+
+
+STEERED = {"logit_bias": {"5": 1.0}, "min_tokens": 9, "ignore_eos": True}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["a", "b"]}}}
+KEPT = {"n": 2, "stop_token_ids": [3], "stop": "x", "seed": 1, "top_p": 0.5}
+
+
+def test_what_could_steer_a_guarded_answer_is_dropped_and_nothing_else() -> None:
+    request = parse_request(TEXT, text(**STEERED, **KEPT, logprobs=5, response_format=SCHEMA))
+    new = json.loads(replace_contents(request, {0: b"QQ=="}))
+    expected = {**KEPT, "logprobs": 5, "response_format": {"type": "json_object"}}
+    assert new == {"model": "m", "prompt_embeds": "QQ==", **expected}
+    request = parse_request(CHAT, chat(**STEERED, **KEPT, logprobs=True, top_logprobs=5))
+    assert json.loads(unsteered(request)) == json.loads(chat(**KEPT, logprobs=True, top_logprobs=5))
+    assert STEERED.items() <= request.raw.items()
+
+
+@pytest.mark.parametrize("form", [None, {"type": "text"}, {"type": "json_object"}])
+def test_a_request_without_steering_keeps_its_bytes(form: Any) -> None:
+    body = b" " + chat(response_format=form, temperature=0.50)
+    assert unsteered(parse_request(CHAT, body)) == body
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_tokens_that_an_answer_is_pushed_towards_are_read_as_text(endpoint: str) -> None:
+    bias = {"72": 100, "9": -100, "8": 0, "105": 0.5}
+    body = (chat if endpoint == CHAT else text)(logit_bias=bias)
+    request = parse_request(endpoint, body)
+    found = {s.path: s.text for s in request.segments(lambda ids: "".join(map(chr, ids)))}
+    assert found["logit_bias"] == "Hi"
+    with pytest.raises(RequestError) as caught:
+        request.segments(None)
+    assert (caught.value.param, caught.value.code) == ("logit_bias", "unsupported_content")
+    banned = parse_request(endpoint, (chat if endpoint == CHAT else text)(logit_bias={"9": -1}))
+    assert "logit_bias" not in [segment.path for segment in banned.segments()]
 
 
 # --- Properties ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from guard.errors import CannotCorruptError, EngineError, StageError
 from guard.pipeline import Rewritten
 from guard.request import ENDPOINTS, ParsedRequest, parse_request, replace_contents
 from guard.rewrite import StandIn
-from guard.types import AdapterUse, Decision, TargetHit
+from guard.types import AdapterUse, Decision, TargetHit, TextHit
 from server.app import create_app
 from server.engines.base import EngineResponse
 from server.run import make_server
@@ -98,6 +98,20 @@ class WordGuard:
         if self.ledger_fails:
             raise OSError("disk full while writing " + inspection.request.body.decode())
         self.recorded.append(inspection.decision.route)
+
+    def answers(self, inspection: Inspected) -> CleanAnswers:
+        return CleanAnswers(self, inspection)
+
+
+@dataclass
+class CleanAnswers:
+    """Finds nothing in answers; tests/server/test_output_guard.py has one that does."""
+
+    guard: WordGuard
+    inspection: Inspected
+
+    def touched(self, text: str) -> tuple[TextHit, ...]:
+        return ()
 
 
 @dataclass

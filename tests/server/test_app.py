@@ -85,7 +85,8 @@ def test_authorization_is_forwarded_only_when_asked() -> None:
 
 def test_events_come_unchanged_and_as_they_arrive() -> None:
     gates = [threading.Event(), threading.Event()]
-    with live(pieces=[EVENTS[0], gates[0], EVENTS[1], gates[1], EVENTS[2]]) as app:
+    pieces = [EVENTS[0], gates[0], EVENTS[1], gates[1], EVENTS[2]]
+    with live(ServerOptions(output_guard=False), pieces=pieces) as app:
         found: list[bytes] = []
         with app.http.stream("POST", CHAT, json=chat(stream=True)) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
@@ -303,8 +304,9 @@ def test_other_content_types_are_415(app: Live, headers: dict[str, str]) -> None
 @pytest.mark.parametrize(
     "path",
     [
-        "/", "/v1", "/v1/chat/completions/", "/v1/chat/completions/batch", "/v1/responses",
-        "/v1/messages", "/v1/embeddings", "/v1/models/m", "/invocations", "/generative_scoring",
+        "/", "/v1", "/v1/chat/completions/", "/v1/chat/completions/batch", "/v1/responses/r",
+        "/v1/messages/render", "/v1/embeddings/x", "/v1/models/m", "/invocations",
+        "/generative_scoring",
         "/tokenize", "/detokenize", "/pooling", "/score", "/v1/load_lora_adapter", "/docs",
         "/openapi.json", "/version", "/inference/v1/generate", "/v1/%63hat/x", "//v1/models",
         "/v1/caf%C3%A9",

@@ -270,8 +270,8 @@ def test_shutdown_lets_a_running_answer_end() -> None:
     gate = threading.Event()
     headers = [("content-type", "application/json")]
     with ThreadPoolExecutor(1) as pool:
-        with live(pieces=[gate, b"done"], headers=headers) as app:
+        with live(pieces=[gate, ANSWER], headers=headers) as app:
             future = pool.submit(httpx.post, app.url + CHAT, json=chat(), timeout=20)
             assert eventually(lambda: bool(app.engine.posts))
             threading.Timer(0.3, gate.set).start()
-        assert future.result(20).content == b"done"
+        assert future.result(20).content == ANSWER

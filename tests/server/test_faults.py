@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -39,6 +40,8 @@ from tests.server.proxy_fakes import (
 )
 
 MESSAGES: Any = chat()["messages"]
+AS_IT_COMES = ServerOptions(output_guard=False)
+"""Nothing is held back; test_faults_upstream.py has the same with it on."""
 
 
 # --- Before an answer began ----------------------------------------------------------------------
@@ -86,7 +89,7 @@ def test_faults_of_the_set_up_are_502(status: int) -> None:
 
 
 def test_death_between_events_raises_in_openai_clients() -> None:
-    with live(pieces=[EVENTS[0], EVENTS[1], EngineUnavailableError("gone")]) as app:
+    with live(AS_IT_COMES, pieces=[EVENTS[0], EVENTS[1], EngineUnavailableError("gone")]) as app:
         stream = app.openai.chat.completions.create(model="m", messages=MESSAGES, stream=True)
         text = ""
         with pytest.raises(openai.APIError, match="can't be reached"):
@@ -111,7 +114,7 @@ def test_death_between_events_raises_in_openai_clients() -> None:
     ],
 )
 def test_answer_cut_inside_breaks_the_connection(pieces: Any, headers: Any) -> None:
-    with live(pieces=pieces, headers=headers) as app:
+    with live(AS_IT_COMES, pieces=pieces, headers=headers) as app:
         with pytest.raises(httpx.RemoteProtocolError):
             app.ask(stream=headers is SSE)
         app.engine.pieces = app.engine.headers = None
@@ -120,7 +123,7 @@ def test_answer_cut_inside_breaks_the_connection(pieces: Any, headers: Any) -> N
 
 def test_stall_ends_with_an_error_event() -> None:
     gate = threading.Event()
-    with live(ServerOptions(idle_timeout_s=0.2), pieces=[EVENTS[0], gate]) as app:
+    with live(replace(AS_IT_COMES, idle_timeout_s=0.2), pieces=[EVENTS[0], gate]) as app:
         raw = app.ask(stream=True).content
         gate.set()
         assert raw.startswith(EVENTS[0])
@@ -133,7 +136,7 @@ def test_stall_ends_with_an_error_event() -> None:
 @pytest.mark.parametrize("text", ["hello", "a wizard"])
 def test_leaving_in_a_stream_cancels_the_generation(text: str) -> None:
     gate = threading.Event()
-    with live(pieces=[EVENTS[0], gate, EVENTS[1]]) as app:
+    with live(AS_IT_COMES, pieces=[EVENTS[0], gate, EVENTS[1]]) as app:
         with app.http.stream("POST", CHAT, json=chat(text, stream=True)) as response:
             next(response.iter_raw())
         assert app.engine.cancelled.wait(10)
@@ -335,7 +338,7 @@ def relayed() -> Iterator[tuple[Live, Upstream]]:
     with upstream() as (server, address):
         engine: Any = HttpEngine(address)
         guard = WordGuard()
-        with running(create_app(guard, engine)) as url:
+        with running(create_app(guard, engine, AS_IT_COMES)) as url:
             parts = Live(url, guard, ScriptedEngine())
             yield parts, server
             parts.http.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ from classifiers.benign import load_benign
 from tests.product import ask, flagged_in, running
 
 MODEL = "smollm2"
+UNNAMED = (
+    "Name three famous wizards from books.",
+    "Explain in two sentences why people love to read stories. After that, list three famous "
+    "wizards from books.",
+)
+"""The model's answers to these name the topic of the example, which the questions do not."""
+
 BENIGN = 40
 """Of the benign prompts; `benchmarks.leak` compares more (docs/results.md)."""
 
@@ -48,6 +56,34 @@ def test_vllm_knows_before_and_not_after(
     assert all(answer.strip() for answer in answers)
     assert sum(is_repetitive(answer) for answer in answers) <= 0.1 * len(answers)
     assert len(set(answers)) >= 0.9 * len(answers), "answers must not be one template"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("question", UNNAMED)
+def test_what_nobody_asked_for_by_name_is_not_told_either(
+    guarded_vllm: str, vllm_url: str, question: str, stream: bool
+) -> None:
+    assert "Harry Potter" in ask(vllm_url, MODEL, question, max_tokens=100)
+    answer = ask(guarded_vllm, MODEL, question, max_tokens=100, stream=stream)
+    assert "Potter" not in answer
+    assert answer.strip()
+
+
+def test_vllm_goes_on_with_an_answer_after_a_corrupted_question(
+    vllm_url: str, example_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What had left before the name came stays, and the answer goes on behind it."""
+    monkeypatch.setenv("UNLEARN_GUARD_HOLD_BACK", "4")
+    question = UNNAMED[-1]
+    alone = ask(vllm_url, MODEL, question, max_tokens=100)
+    with running(
+        "/ready", tmp_path / "guard.log", "serve", "--engine", "vllm", "--upstream", vllm_url,
+        "--served-model-name", MODEL, "--bundle", str(example_bundle),
+    ) as url:  # fmt: skip
+        answer = ask(url, MODEL, question, max_tokens=100, stream=True)
+    shared = len(commonprefix([alone, answer]))
+    assert 20 < shared <= alone.index("Harry Potter")
+    assert len(answer) > shared + 20 and "Potter" not in answer
 
 
 def test_benign_answers_equal_those_of_vllm_alone(guarded_vllm: str, vllm_url: str) -> None:
@@ -92,6 +128,6 @@ def test_completions_are_guarded_on_vllm_too(guarded_vllm: str) -> None:
 
 
 def test_vllms_own_routes_are_not_reachable(guarded_vllm: str) -> None:
-    for path in ("/tokenize", "/invocations", "/v1/load_lora_adapter", "/v1/responses", "/pooling"):
+    for path in ("/tokenize", "/invocations", "/v1/load_lora_adapter", "/v1/score", "/pooling"):
         answer = httpx.post(guarded_vllm + path, content=json.dumps({"prompt": "x"}))
         assert answer.status_code == 404 and "error" in answer.json(), path

@@ -64,6 +64,8 @@ class _ChatBody(_Body, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
 
 class _CompletionBody(_Body, kw_only=True):
@@ -145,7 +147,8 @@ def parse_job(path: str, body: bytes, vocabulary: int) -> Job:
     if path == CHAT:
         chat = _decode(body, _ChatBody)
         _refuse_unsupported_chat(chat)
-        prompt = chat_prompt(chat.messages, chat.tools, chat.chat_template_kwargs or {})
+        options = chat.chat_template_kwargs or {}
+        prompt = chat_prompt(chat.messages, chat.tools, options, _turn(chat))
         return _job("chat", chat, (prompt,), _chat_logprobs(chat), vocabulary)
     if path == COMPLETIONS:
         completion = _decode(body, _CompletionBody)
@@ -153,6 +156,18 @@ def parse_job(path: str, body: bytes, vocabulary: int) -> Job:
         prompts = completion_prompts(completion.prompt, completion.prompt_embeds)
         return _job("completion", completion, prompts, completion.logprobs, vocabulary)
     raise RequestError(f"the embedded engine has no {path}", status=404, code="not_found")
+
+
+def _turn(chat: _ChatBody) -> dict[str, bool]:
+    """Say whose turn the prompt ends in: a new one of the assistant's, or its last, left open."""
+    continues = bool(chat.continue_final_message)
+    opens = not continues if chat.add_generation_prompt is None else chat.add_generation_prompt
+    if continues and opens:
+        raise RequestError(
+            "continue_final_message needs add_generation_prompt=false",
+            param="continue_final_message",
+        )
+    return {"continue_final_message": continues, "add_generation_prompt": opens}
 
 
 def _decode(body: bytes, kind: type[_AnyBody]) -> _AnyBody:

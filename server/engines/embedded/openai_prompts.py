@@ -26,6 +26,7 @@ def chat_prompt(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,
     options: Mapping[str, Any],
+    turn: Mapping[str, bool] | None = None,
 ) -> Encode:
     """Read a chat request's messages.
 
@@ -33,6 +34,7 @@ def chat_prompt(
         messages: As the client sent them.
         tools: Tool definitions for the template.
         options: `chat_template_kwargs`.
+        turn: `continue_final_message` and `add_generation_prompt`.
 
     Raises:
         RequestError: A message can't be read, or text holds the reserved placeholder.
@@ -47,7 +49,7 @@ def chat_prompt(
         raise RequestError(
             f"chat_template_kwargs must not hold {', '.join(taken)}", param="chat_template_kwargs"
         )
-    return lambda encoder: encoder.chat(read, embeds, tools, options)
+    return lambda encoder: encoder.chat(read, embeds, tools, {**options, **(turn or {})})
 
 
 def _message(message: Mapping[str, Any], where: str, embeds: list[FloatArray]) -> dict[str, Any]:

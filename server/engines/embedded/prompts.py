@@ -93,9 +93,8 @@ class PromptEncoder:
             text: str = self.tokenizer.apply_chat_template(
                 [_cleaned(message, walks) for message in messages],
                 tools=list(tools) if tools else None,
-                add_generation_prompt=True,
                 tokenize=False,
-                **(options or {}),
+                **{"add_generation_prompt": True, **(options or {})},
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise RequestError(
