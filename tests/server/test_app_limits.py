@@ -15,7 +15,7 @@ import pytest
 
 from server.protocol import LimitedProtocol
 from server.types import ServerOptions
-from tests.server.proxy_fakes import CHAT, Live, chat, error_of, eventually, live
+from tests.server.proxy_fakes import ANSWER, CHAT, Live, chat, error_of, eventually, live
 
 LIMIT = 10_000
 
