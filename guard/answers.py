@@ -63,6 +63,11 @@ class AnswerGuard:
         self._guard, self._inspection = guard, inspection
         self._treated = {hit.name for hit in inspection.decision.targets if hit.enforced}
 
+    @property
+    def watches(self) -> bool:
+        """Whether there is a target that an answer could tell of."""
+        return any(policy.status == "enforced" for policy in self._guard.targets.values())
+
     def touched(self, text: str) -> tuple[TextHit, ...]:
         """Return the enforced targets that a text of an answer tells of; strongest first.
 

@@ -279,9 +279,11 @@ class _Exchange:
     ) -> EngineResponse:
         """Read the answer as the model gave it; then put back the names that were asked for."""
         options, names = self.options, list(stand_ins)
-        if options.output_guard:
+        answers = self.proxy.guard.answers(inspection)
+        watched = options.output_guard and answers.watches
+        if watched:
             guard = OutputGuard(
-                self.proxy.guard.answers(inspection),
+                answers,
                 _Around(self, inspection),
                 options.hold_back,
                 options.idle_timeout_s,
@@ -290,7 +292,7 @@ class _Exchange:
             )
             response = await guard.checked(response)
         async with asyncio.timeout(options.idle_timeout_s):
-            return await restored(response, names, may_grow=options.output_guard)
+            return await restored(response, names, may_grow=watched)
 
     async def recorded(self, function: Callable[..., None], *args: Any) -> None:
         """Write to the ledger; what can't be recorded is not answered."""

@@ -109,6 +109,7 @@ class CleanAnswers:
 
     guard: WordGuard
     inspection: Inspected
+    watches: bool = True
 
     def touched(self, text: str) -> tuple[TextHit, ...]:
         return ()
