@@ -97,6 +97,8 @@ class OutputGuard:
 
     async def touched(self, text: str) -> tuple[TextHit, ...]:
         """Read a text of an answer."""
+        if not text:
+            return ()
         return await self.around.work(self.answers.touched, text)
 
     async def again(self, hits: Sequence[TextHit], said: Said) -> EngineResponse | None:

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from tests.server.proxy_fakes import ANSWER, EVENTS
@@ -152,10 +152,10 @@ class FakeVllm:
         if self._server is not None:
             self._server.close()
             self._server = None
-        tasks = list(self._serving)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while self._serving:  # a connection may have come meanwhile
+            for task in self._serving:
+                task.cancel()
+            await asyncio.wait(self._serving.copy(), timeout=1)
         self.loaded.clear()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -183,14 +183,14 @@ class FakeVllm:
         path = head.split()[1]
         work = asyncio.create_task(self._answer(path, body, writer))
         gone = asyncio.create_task(reader.read(1))  # a client does not speak before its answer
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
-            raise ConnectionError("the client left")
-        gone.cancel()
-        with suppress(asyncio.CancelledError):
-            await gone
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ConnectionError("the client left")
+        finally:
+            # `wait` takes their end as it is; awaiting one could swallow our own cancellation.
+            ended = work.cancel() | gone.cancel()
+            await asyncio.wait({work, gone} if ended else {work})
         work.result()
         await writer.drain()
 

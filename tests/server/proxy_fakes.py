@@ -75,10 +75,10 @@ class WordGuard:
         if "slow" in text:
             self.release.wait(20)
         routes = {
+            "garbled": "block",
+            "forbidden": "refuse",
             "wizard": "corrupt",
             "sealed": "corrupt",
-            "forbidden": "refuse",
-            "garbled": "block",
         }
         route: Any = next((routes[word] for word in routes if word in text), "pass")
         hit = (TargetHit("t", 9.0, 0.0, 1.0, (), True),) if route != "pass" else ()

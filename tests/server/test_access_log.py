@@ -54,6 +54,10 @@ def kept_logging() -> Iterator[None]:
     """Logging as it was, afterwards."""
     root, access = logging.getLogger(), logging.getLogger(ACCESS)
     levels, handlers = (root.level, access.level), list(root.handlers)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        # A uvicorn of another test's, set up as it comes, keeps its lines to itself.
+        logging.getLogger(name).propagate = True
+        logging.getLogger(name).setLevel(logging.NOTSET)
     yield
     root.setLevel(levels[0])
     access.setLevel(levels[1])

@@ -435,7 +435,7 @@ def test_keys_may_come_in_anthropics_header() -> None:
             ({"authorization": "Bearer other", "x-api-key": "secret"}, 401),
         ):
             assert app.http.post(PATH, json=ask(), headers=headers).status_code == status
-        assert app.http.post(CHAT, json={}, headers={"x-api-key": "secret"}).status_code == 401
+        assert app.http.post(CHAT, json={}, headers={"x-api-key": "other"}).status_code == 401
         client = anthropic.Anthropic(base_url=app.url, api_key="secret", max_retries=0)
         assert client.messages.create(**ask()).content[0].type == "text"
         assert app.engine.posts[-1][0] == CHAT
