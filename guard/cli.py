@@ -21,6 +21,7 @@ import click
 from guard.cli_admin import bundle_group, config, doctor, ledger_group, model_group
 from guard.cli_bench import bench_group
 from guard.cli_bench_adapters import losses
+from guard.cli_bench_leaks import leaks
 from guard.cli_bench_serve import serve_bench
 from guard.cli_chat import chat
 from guard.cli_decide import decide
@@ -97,6 +98,7 @@ for _command in (
 ):
     cli.add_command(_command)
 learn_group.add_command(adapter)
+bench_group.add_command(leaks)
 bench_group.add_command(losses)
 bench_group.add_command(serve_bench)
 
