@@ -19,7 +19,8 @@ from functools import cached_property
 
 import numpy as np
 
-from classifiers.fuzzy import DeletionIndex, SkeletonIndex
+from classifiers.fuzzy import DeletionIndex, SkeletonIndex, look_ups
+from classifiers.sounds import SoundIndex, is_foreign
 from classifiers.terms import DATE, PARTICLES, STOP_WORDS, Words, find_dates, split_words
 from guard.errors import ArtifactError
 from guard.types import BoolArray, FloatArray
@@ -145,13 +146,13 @@ class Match:
     Attributes:
         start: First code point.
         end: Code point behind the last.
-        first: Number of its first word; -1 for a date.
+        first: Number of its first word; -1 for a date, and for a name in another script.
         last: Number behind its last word.
         term: The term.
         owners: Weight of the term for each target that has it, by number.
         primary: Targets that it names in full.
         parts: Targets of whose full name it is a rare part.
-        factor: 1 for an exact match, less for a misspelt one.
+        factor: 1 for an exact match, less for a misspelt or transliterated one.
     """
 
     start: int
@@ -204,6 +205,9 @@ class LexiconIndex:
         self._near = DeletionIndex(names)
         self._bones = SkeletonIndex(names)
         self._restored = SkeletonIndex([*ranked, *names])
+        self._sounds = SoundIndex(
+            term for lexicon in lexicons for term in lexicon.primary - lexicon.parts
+        )
         self._known: dict[str, tuple[Variant, ...]] = {}
         self._lock = threading.Lock()
 
@@ -252,11 +256,30 @@ class LexiconIndex:
         for date, start, end in ready.dates:
             node = self._root.children.get(date)
             if node is not None:
-                owners = node.owners
-                found.append(
-                    Match(start, end, -1, -1, node.term, owners, node.primary, node.parts, 1.0)
-                )
+                found.append(_placed(node, start, end, 1.0))
+        for heard in self._sounds.find(text):
+            found.append(_placed(self._node(heard.name), heard.start, heard.end, FUZZY_FACTOR))
         return LexicalReading(text, ready, found, self._common, self._mononyms)
+
+    def _node(self, term: Words) -> _Node:
+        node = self._root
+        for word in term:
+            node = node.children[word]
+        return node
+
+    def strange(self, prepared: PreparedText, most: int) -> bool:
+        """Say whether a text takes long: many words never met before, or letters of another script.
+
+        Args:
+            prepared: The text.
+            most: Look-ups that words never met before may take, each a microsecond at most.
+        """
+        if is_foreign(prepared.text):
+            return True
+        known, met = self._words, self._known
+        new = {word for word, _, _ in prepared.words if word not in met and word not in known}
+        takes = [look_ups(word) for word in new if word.isalpha() and not self._common(word)]
+        return sum(takes) + len(new) > most
 
     def restore_vowels(self, text: str) -> str | None:
         """Return the text with its vowels guessed where a run of words has none; else None."""
@@ -378,19 +401,25 @@ class LexiconIndex:
         return tuple((near.word, FUZZY_FACTOR) for near in self._near.near(word)) or ((word, 1.0),)
 
 
+def _placed(node: _Node, start: int, end: int, factor: float) -> Match:
+    """Return the match of what is no row of words: a date, or a name in another script."""
+    return Match(start, end, -1, -1, node.term, node.owners, node.primary, node.parts, factor)
+
+
 class PreparedText:
     """What of a text's reading does not depend on any target.
 
     Attributes:
+        text: The text.
         words: Its folded words with their code points.
         bare: Places of words that have lost their vowels.
         dates: Its dates.
     """
 
-    __slots__ = ("_names", "_text", "bare", "dates", "words")
+    __slots__ = ("_names", "bare", "dates", "text", "words")
 
     def __init__(self, text: str) -> None:
-        self._text = text
+        self.text = text
         self.words = split_words(text)
         self.bare = _bare_words(self.words)
         self.dates = find_dates(text)
@@ -399,7 +428,7 @@ class PreparedText:
     def names(self, common: Callable[[str], bool]) -> list[tuple[int, int]]:
         """Return (number, place) of the words that name somebody or something."""
         if self._names is None:
-            self._names = _name_words(self._text, self.words, common)
+            self._names = _name_words(self.text, self.words, common)
         return self._names
 
 
@@ -442,7 +471,7 @@ class LexicalReading:
         mononyms: Collection[int],
     ) -> None:
         self.text, self.words, self._common = text, prepared.words, common
-        self._prepared = prepared
+        self.prepared = prepared
         self._mononyms = mononyms
         self.matches = sorted(matches, key=lambda match: (match.start, -match.end))
 
@@ -501,7 +530,7 @@ class LexicalReading:
         out = np.zeros((len(windows), FEATURES), np.float32)
         mine = self.of(target, weights)
         covered = {at for match, _ in mine for at in range(match.first, match.last)}
-        foreign = [place for at, place in self._prepared.names(self._common) if at not in covered]
+        foreign = [place for at, place in self.prepared.names(self._common) if at not in covered]
         for row, (start, end) in enumerate(windows):
             best: dict[Words, float] = {}
             full = single = 0.0
