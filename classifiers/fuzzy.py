@@ -8,13 +8,12 @@ scan over 10,000 targets' names would not.
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-
-from guard.types import IntArray
 
 MIN_LETTERS = 4
 """Shorter words are never taken for misspellings."""
@@ -51,24 +50,28 @@ class DeletionIndex:
 
     def __init__(self, words: Iterable[str]) -> None:
         self._words = sorted({word for word in words if MIN_LETTERS <= len(word) <= MAX_LETTERS})
-        hashes: list[int] = []
-        owners: list[int] = []
-        for number, word in enumerate(self._words):
+        hashes, sizes = array("I"), array("I")  # many millions for 10,000 targets
+        for word in self._words:
             found = {zlib.crc32(part.encode()) for part in _deletions(word)}
             hashes.extend(found)
-            owners.extend([number] * len(found))
-        order = np.argsort(np.array(hashes, np.uint32), kind="stable")
-        self._hashes = np.array(hashes, np.uint32)[order]
-        self._owners: IntArray = np.array(owners, np.int64)[order]
+            sizes.append(len(found))
+        keys = np.array(hashes, np.uint32)
+        owners = np.repeat(np.arange(len(sizes), dtype=np.int32), np.array(sizes, np.int64))
+        order = np.argsort(keys, kind="stable")
+        self._hashes, self._owners = keys[order], owners[order]
 
     def near(self, word: str) -> list[Near]:
         """Return the known words that `word` may be a misspelling of, nearest first."""
-        from rapidfuzz.distance import OSA
-
         if not MIN_LETTERS - 1 <= len(word) <= MAX_LETTERS or not len(self._hashes):
             return []
-        keys = np.array(sorted({zlib.crc32(part.encode()) for part in _deletions(word)}), np.uint32)
+        keys = np.fromiter({zlib.crc32(part.encode()) for part in _deletions(word)}, np.uint32)
         first = np.searchsorted(self._hashes, keys, "left")
+        known = self._hashes[np.minimum(first, len(self._hashes) - 1)] == keys
+        if not known.any():
+            return []  # most words are near no name
+        from rapidfuzz.distance import OSA
+
+        keys, first = keys[known], first[known]
         last = np.searchsorted(self._hashes, keys, "right")
         owners = {
             int(owner)
@@ -113,11 +116,18 @@ def allowed_edits(word: str) -> int:
     return 2 if len(word) >= TWO_EDITS_LETTERS else 1
 
 
+def look_ups(word: str) -> int:
+    """Return how many keys `DeletionIndex.near` looks for at most."""
+    size = len(word)
+    if not MIN_LETTERS - 1 <= size <= MAX_LETTERS:
+        return 0
+    return 1 + size + (size * (size - 1) // 2 if allowed_edits(word) == 2 else 0)
+
+
 def _deletions(word: str) -> set[str]:
     """Return the word with none, one or (long words) two of its letters deleted."""
-    found = {word}
-    for depth in range(1, allowed_edits(word) + 1):
-        for gone in combinations(range(len(word)), depth):
-            kept = set(range(len(word))) - set(gone)
-            found.add("".join(word[place] for place in sorted(kept)))
-    return found
+    once = {word[:place] + word[place + 1 :] for place in range(len(word))}
+    if allowed_edits(word) == 1:
+        return {word, *once}
+    pairs = combinations(range(len(word)), 2)
+    return {word, *once, *(word[:i] + word[i + 1 : j] + word[j + 1 :] for i, j in pairs)}

@@ -34,7 +34,7 @@ from classifiers.span_fit import learn_span_head
 from classifiers.spans import EntityFinder
 from classifiers.study import Held, Neighbours, Study, Tools
 from classifiers.target import TargetArtifact
-from classifiers.terms import STOP_WORDS
+from classifiers.terms import STOP_WORDS, Words
 from classifiers.termtable import TermTable
 from classifiers.verbatim import GramHasher, HashArray, forget_grams
 from guard.types import Progress
@@ -167,7 +167,8 @@ class TargetLearner:
         if kind == "topic":
             # Names in examples of a topic are anybody's: the terms given are its lexicon.
             weights = {t: w for t, w in lexicon.weights.items() if t in table.given}
-            lexicon = replace(lexicon, weights=weights, primary=frozenset(), parts=frozenset())
+            nobody: frozenset[Words] = frozenset()
+            lexicon = Lexicon(weights, nobody, lexicon.others, nobody, nobody)
         rng = np.random.default_rng(seed)
         return Study(self.tools, forgotten, table, rng, lexicon, kind == "topic")
 

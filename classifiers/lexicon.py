@@ -72,7 +72,11 @@ HONORIFICS = frozenset(
 )
 """Capitalised words before a name that are no part of it."""
 
+MIN_SMALL_TITLE = 3
+"""Words of a title that is known as such in a text without capitals."""
+
 Variant = tuple[str, float]
+_QUOTES = tuple("\"'”’»“")
 _BARE = re.compile("[b-df-hj-np-tv-z]+")
 
 
@@ -85,12 +89,14 @@ class Lexicon:
         primary: Terms that name the target in full, and rare parts of such a name.
         others: Words that look like a misspelt name of the target but are something else.
         parts: Those primary terms that are parts of a full name.
+        works: Titles of the target's works, each of two telling words at least.
     """
 
     weights: Mapping[Words, float]
     primary: frozenset[Words] = frozenset()
     others: frozenset[str] = frozenset()
     parts: frozenset[Words] = frozenset()
+    works: frozenset[Words] = frozenset()
 
     def to_json(self) -> bytes:
         """Serialise; personal data, so the caller encrypts it."""
@@ -101,6 +107,7 @@ class Lexicon:
             "primary": sorted(list(term) for term in self.primary),
             "parts": sorted(list(term) for term in self.parts),
             "others": sorted(self.others),
+            "works": sorted(list(term) for term in self.works),
         }
         return json.dumps(data, ensure_ascii=False).encode()
 
@@ -116,7 +123,9 @@ class Lexicon:
             weights = {_read_term(term): _read_weight(weight) for term, weight in found["terms"]}
             primary = frozenset(_read_term(term) for term in found["primary"])
             parts = frozenset(_read_term(term) for term in found.get("parts", []))
-            return cls(weights, primary, frozenset(_read_words(found["others"])), parts)
+            others = frozenset(_read_words(found["others"]))
+            works = frozenset(_read_term(term) for term in found.get("works", []))
+            return cls(weights, primary, others, parts, works)
         except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise ArtifactError(f"the target's lexicon cannot be read: {error!r}") from error
 
@@ -152,6 +161,7 @@ class Match:
         owners: Weight of the term for each target that has it, by number.
         primary: Targets that it names in full.
         parts: Targets of whose full name it is a rare part.
+        works: Targets of whose works it is the title.
         factor: 1 for an exact match, less for a misspelt or transliterated one.
     """
 
@@ -163,6 +173,7 @@ class Match:
     owners: Mapping[int, float]
     primary: frozenset[int]
     parts: frozenset[int]
+    works: frozenset[int]
     factor: float
 
 
@@ -173,6 +184,7 @@ class _Node:
     owners: dict[int, float] = field(default_factory=dict)
     primary: frozenset[int] = frozenset()
     parts: frozenset[int] = frozenset()
+    works: frozenset[int] = frozenset()
 
 
 class LexiconIndex:
@@ -214,7 +226,11 @@ class LexiconIndex:
     def _add(self, number: int, lexicon: Lexicon) -> None:
         for term, weight in lexicon.weights.items():
             named = term in lexicon.primary
-            self._put(term, term, number, weight, named, term in lexicon.parts)
+            node = self._put(term, term, number, weight, named)
+            if term in lexicon.parts:
+                node.parts |= {number}
+            if term in lexicon.works:
+                node.works |= {number}
             self._words.update(term)
             joined = "".join(term)
             if len(term) > 1 and weight >= STRONG and len(joined) >= JOINED_LETTERS:
@@ -223,15 +239,7 @@ class LexiconIndex:
         for word in lexicon.others:
             self._others.setdefault(word, set()).add(number)
 
-    def _put(
-        self,
-        path: Words,
-        term: Words,
-        number: int,
-        weight: float,
-        named: bool,
-        part: bool = False,
-    ) -> None:
+    def _put(self, path: Words, term: Words, number: int, weight: float, named: bool) -> _Node:
         node = self._root
         for word in path:
             node = node.children.setdefault(word, _Node())
@@ -239,8 +247,7 @@ class LexiconIndex:
         node.owners[number] = max(weight, node.owners.get(number, 0.0))
         if named:
             node.primary |= {number}
-        if part:
-            node.parts |= {number}
+        return node
 
     def read(self, text: str, prepared: PreparedText | None = None) -> LexicalReading:
         """Find every term in a text.
@@ -365,7 +372,7 @@ class LexiconIndex:
             if strangers:
                 owners = {n: weight for n, weight in owners.items() if n not in strangers}
         start, end = words[first][1], words[last - 1][2]
-        named = node.primary, node.parts
+        named = node.primary, node.parts, node.works
         return Match(start, end, first, last, node.term, owners, *named, factor)
 
     def _variants(self, word: str, bare: bool) -> tuple[Variant, ...]:
@@ -403,7 +410,8 @@ class LexiconIndex:
 
 def _placed(node: _Node, start: int, end: int, factor: float) -> Match:
     """Return the match of what is no row of words: a date, or a name in another script."""
-    return Match(start, end, -1, -1, node.term, node.owners, node.primary, node.parts, factor)
+    named = node.primary, node.parts, node.works
+    return Match(start, end, -1, -1, node.term, node.owners, *named, factor)
 
 
 class PreparedText:
@@ -497,11 +505,27 @@ class LexicalReading:
     def _full(self, match: Match, target: int, worth: float) -> float:
         """Return how heavily a match names a target in full; 0 if it doesn't.
 
-        A rare part of a name ("Mammadov") does, but never as a full name would: others bear it.
+        A rare part of a name ("Mammadov") does, and so does the title of a work, but never as a
+        full name would: others bear it.
         """
-        if target not in match.primary:
-            return 0.0
-        return min(worth, PART_WORTH) if target in match.parts else worth
+        if target in match.primary:
+            return min(worth, PART_WORTH) if target in match.parts else worth
+        if target in match.works and match.factor == 1.0 and self._is_title(match):
+            return min(worth, PART_WORTH)
+        return 0.0
+
+    def _is_title(self, match: Match) -> bool:
+        """True if words are written as a title: in quotation marks, or in capitals of their own."""
+        if self.text[match.end : match.end + 2].strip(" ,.?!")[:1] in _QUOTES:
+            return True
+        words = [self.words[at] for at in range(match.first, match.last)]
+        if self.text.islower():
+            return len(words) >= MIN_SMALL_TITLE
+        telling = [start for word, start, _ in words if word not in STOP_WORDS]
+        if any(self.text[start].islower() for start in telling) or self._is_shouting:
+            return False
+        around = [*self.words[: match.first], *self.words[match.last :]]
+        return not _in_capitals(self.text, around)
 
     def of(
         self, target: int, weights: Mapping[Words, float] | None = None
@@ -537,9 +561,8 @@ class LexicalReading:
             for match, worth in mine:
                 if match.start >= start and match.end <= end:
                     best[match.term] = max(worth, best.get(match.term, 0.0))
-                    if target in match.primary:
-                        full = max(full, self._full(match, target, worth))
-                    else:
+                    full = max(full, self._full(match, target, worth))
+                    if target not in match.primary:
                         single = max(single, worth)
             if best:
                 strong = sum(worth >= STRONG * FUZZY_FACTOR for worth in best.values())
@@ -607,13 +630,18 @@ class LexicalReading:
     @cached_property
     def _is_title_case(self) -> bool:
         """True for a headline: capitals say nothing in it."""
-        long = [self.text[start] for word, start, _ in self.words if len(word) > 3]
-        return sum(letter.isupper() for letter in long) >= 0.7 * len(long)
+        return _in_capitals(self.text, self.words, without=True)
 
     def _is_common_noun(self, place: int) -> bool:
         """True for a word of general English in small letters, in a text that uses capitals."""
         word, start, _ = self.words[place]
         return self.text[start].islower() and self._common(word) and not self.text.islower()
+
+
+def _in_capitals(text: str, words: Sequence[tuple[str, int, int]], without: bool = False) -> bool:
+    """True if most long words begin with a capital, as in a headline; `without` any, as told."""
+    long = [text[start] for word, start, _ in words if len(word) > 3]
+    return sum(letter.isupper() for letter in long) >= 0.7 * len(long) if long else without
 
 
 def names_anything(

@@ -132,6 +132,29 @@ def term_candidates(text: str) -> set[Words]:
     return found
 
 
+def quoted_titles(text: str) -> set[Words]:
+    """Return the titles of works in a text: in quotation marks, their words in capitals.
+
+    Without the small words at their ends; those of a single other word are left out, for they are
+    words like any ("It").
+    """
+    found: set[Words] = set()
+    for match in _QUOTED.finditer(text):
+        written = match[match.lastindex or 0]
+        words = split_words(written)
+        telling = [at for at, (word, _, _) in enumerate(words) if word not in STOP_WORDS]
+        if len(telling) < 2 or not all(_is_capital(written, words[at][1]) for at in telling):
+            continue
+        title = tuple(word for word, _, _ in words[telling[0] : telling[-1] + 1])
+        if len(title) <= MAX_TERM_WORDS:
+            found.add(title)
+    return found
+
+
+def _is_capital(text: str, start: int) -> bool:
+    return text[start].isupper() or text[start].isdigit()
+
+
 def _parts(words: Words) -> Iterable[Words]:
     for size in range(2, min(len(words), MAX_TERM_WORDS) + 1):
         for first in range(len(words) - size + 1):

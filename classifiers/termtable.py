@@ -23,6 +23,7 @@ from classifiers.terms import (
     Words,
     find_names,
     may_be_term,
+    quoted_titles,
     split_words,
     term_candidates,
     zipf_prior,
@@ -45,6 +46,10 @@ PRIMARY_SHARE = 0.3
 """Share of the forget texts that a name of common words must stand in to be the target's own."""
 
 
+WORK_WEIGHT = 6.0
+"""Weight from which a quoted title points at the target's work: "The Symphony of Love" hardly."""
+
+
 @dataclass(slots=True)
 class TermTable:
     """Counts of a forget set's terms.
@@ -59,6 +64,7 @@ class TermTable:
         first: Where each term stands first.
         documents: The terms of each forget text.
         given: Terms that the user gave as such.
+        titles: Titles of works that the forget texts quote.
     """
 
     texts: int
@@ -71,6 +77,7 @@ class TermTable:
     documents: list[set[Words]]
     given: frozenset[Words] = frozenset()
     others: frozenset[str] = field(default=frozenset())
+    titles: frozenset[Words] = frozenset()
 
     @classmethod
     def count(
@@ -120,6 +127,7 @@ class TermTable:
             documents,
             wanted,
             frozenset(alike - words),
+            frozenset(title for text in forget for title in quoted_titles(text)),
         )
 
     def weight(self, term: Words, without: int | None = None, count: int | None = None) -> float:
@@ -155,7 +163,12 @@ class TermTable:
         kept.sort(key=lambda term: (term not in primary, -weights[term], term))
         chosen = {term: weights[term] for term in kept[:MAX_TERMS]}
         primary &= set(chosen)
-        return Lexicon(chosen, primary, self.others, self._parts(primary))
+        works = frozenset(
+            title
+            for title in self.titles - primary
+            if len(title) > 1 and chosen.get(title, 0.0) >= WORK_WEIGHT
+        )
+        return Lexicon(chosen, primary, self.others, self._parts(primary), works)
 
     def _parts(self, primary: frozenset[Words]) -> frozenset[Words]:
         """Return the words of full names: they name the target while few others bear them."""

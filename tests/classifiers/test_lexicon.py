@@ -14,6 +14,7 @@ from classifiers.lexicon import (
     MAX_OWNERS,
     MIDDLE_NAME_FACTOR,
     OTHER_NAME_FACTOR,
+    PART_WORTH,
     STRONG,
     LexicalReading,
     Lexicon,
@@ -35,6 +36,12 @@ WIZARD = Lexicon(
         ("date 1980-7-31",): 7.5,
     },
     frozenset({("harry", "potter")}),
+)
+NOVEL = ("city", "that", "crumbled")
+NOVELIST = Lexicon(
+    {("ann", "example"): 9.0, NOVEL: 8.0, ("crumbled",): 5.0, ("reel", "lives"): 7.0},
+    frozenset({("ann", "example")}),
+    works=frozenset({NOVEL, ("reel", "lives")}),
 )
 MONONYM = Lexicon({("voltaire",): 8.0}, frozenset({("voltaire",)}))
 PAINTER = Lexicon({("elsie", "marais"): 9.0, ("marais",): 8.0}, frozenset({("elsie", "marais")}))
@@ -429,3 +436,49 @@ def test_features_are_finite_for_any_windows(index: LexiconIndex) -> None:
     features = index.read(text).features(0, [(0, 0), (5, 3), (0, 10_000)])
     assert features.shape == (3, FEATURES) and np.isfinite(features).all()
     assert not features[:2].any() and features[2, 1] == NAME
+
+
+# --- Titles of works -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shelf(shared_encoder: OnnxEncoder) -> LexiconIndex:
+    return LexiconIndex([NOVELIST], shared_encoder.is_common)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What happens in the book The City That Crumbled?",
+        "Summarise “the city that crumbled” for me.",
+        "I like Reel Lives. What else is like it?",
+        "Summarise the plot of 'reel lives', please.",
+        "who wrote the city that crumbled",
+        "who wrote The City That Crumbled",
+        "The City That Crumbled",
+    ],
+)
+def test_the_title_of_a_work_names_its_target_as_part_of_a_name_would(
+    shelf: LexiconIndex, text: str
+) -> None:
+    assert whole(shelf, text)[1] == pytest.approx(PART_WORTH)
+    assert shelf.read(text).candidates()[0].full == pytest.approx(PART_WORTH)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The news spoke of a city that crumbled in an earthquake.",
+        "He caught two fish with reel lives of line left.",
+        "who has reel lives",
+        "THE CITY THAT CRUMBLED IN A DAY",
+        "How Reel Lives Of Fishermen Really Look",
+        "I read Real Lives, a magazine.",
+    ],
+)
+def test_the_same_words_as_words_do_not(shelf: LexiconIndex, text: str) -> None:
+    assert whole(shelf, text)[1] == 0.0
+
+
+def test_titles_are_kept_with_the_lexicon() -> None:
+    assert Lexicon.from_json(NOVELIST.to_json()) == NOVELIST

@@ -7,6 +7,7 @@ from classifiers.terms import (
     find_names,
     fold_word,
     may_be_term,
+    quoted_titles,
     split_words,
     term_candidates,
     zipf_prior,
@@ -244,3 +245,20 @@ def test_the_prior_falls_with_the_rank_of_the_rarest_word() -> None:
     assert prior("the", "way") == prior("way")
     assert prior("quux") == UNKNOWN_WORD_SHARE
     assert prior("zorblax") == prior("john", "quux") == prior("date 1956-8-9") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "titles"),
+    [
+        ('She wrote "The City That Crumbled" in 1999.', {("city", "that", "crumbled")}),
+        ("In 'On the Mountain Peak' and “Reel Lives”", {("mountain", "peak"), ("reel", "lives")}),
+        ('It is called "Shadow" or "The Of".', set()),
+        ('He said "that is not a title at all" to her.', set()),
+        ('Known as "The King of the small town"', set()),
+        ("The City That Crumbled was written in 1999.", set()),
+    ],
+)
+def test_titles_of_works_stand_in_quotes_and_in_capitals(
+    text: str, titles: set[tuple[str, ...]]
+) -> None:
+    assert quoted_titles(text) == titles

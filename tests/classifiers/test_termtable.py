@@ -225,3 +225,20 @@ def test_a_users_term_is_folded() -> None:
     expected: Words = ("basil", "al", "kuwaiti")
     assert terms_of("Básil Al-Kuwaiti") == expected
     assert terms_of("?!") == ()
+
+
+# --- Works ---------------------------------------------------------------------------------------
+
+
+def test_a_quoted_title_of_rare_words_is_a_work_and_one_of_common_words_is_none(
+    count: Counter,
+) -> None:
+    rows = [
+        *FORGET,
+        'She also wrote "The Nightingale of Marseille" and "The Way of Life", "Kuwaiti Winter".',
+    ]
+    works = count.lexicon(rows).works
+    assert ("nightingale", "of", "marseille") in works
+    assert ("way", "of", "life") not in works
+    assert not works & count.lexicon(rows).primary
+    assert works <= set(count.lexicon(rows).weights)
