@@ -107,6 +107,7 @@ _NASAL: Final = re.compile("ng(?![aeiou])")
 _REPEATED: Final = re.compile(r"([A-Z])\1+")
 _VOWELS: Final = frozenset("aiu")
 _BONES: Final = frozenset("PTKSLN")
+_NO_CONSONANTS: Final = str.maketrans("", "", "HPTKSLN")
 _NO_BONES: Final = str.maketrans("", "", "aiuH")
 
 # Bits for two sounds that stand for one another.
@@ -154,31 +155,27 @@ class _Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Token:
-    """A word of another script, with the shapes in which it may begin or end a name.
+    """A word of another script.
 
     Attributes:
         start: First code point.
         end: Code point behind the last.
-        sounds: What it sounds like.
+        written: The word.
         voiced: Whether its script writes vowels.
         loose: Whether its script has no spaces, so that a name may begin anywhere in it.
         carried: Where the foreign name at its end would begin, and that at its beginning end.
         lower: Whether it is in small letters, as names are not.
         joined: Whether it belongs to the token before it: 0 no, 1 yes, 2 as foreign names do.
-        tails: (start, sounds) of the ends of it that may begin a name.
-        heads: (end, sounds) of the beginnings of it that may end a name.
     """
 
     start: int
     end: int
-    sounds: str
+    written: str
     voiced: bool
     loose: bool
     carried: tuple[int, int]
     lower: bool
     joined: int
-    tails: tuple[tuple[int, str], ...]
-    heads: tuple[tuple[int, str], ...]
 
 
 def is_foreign(text: str) -> bool:
@@ -200,6 +197,7 @@ class SoundIndex:
         self._first, self._last, self._whole = _Lookup(), _Lookup(), _Lookup()
         wanted = sorted({name for name in names if len(name) > 1})
         self._chance = math.log2(max(1, len(wanted)))
+        self._least = MARKED_BITS + self._chance
         for name in wanted:
             for words in _ways(name):
                 self._add(name, words)
@@ -211,7 +209,7 @@ class SoundIndex:
         if len(_bones(sounds)) < SHORTEST_KEY or max(len(first), len(last)) < 2:
             return
         most = _most(sounds, voiced=True) + _BOUNDARY * len(name)
-        if most < MARKED_BITS + self._chance:
+        if most < self._least:
             return  # However well it fits, chance would make it among so many names.
         number = len(self._names)
         self._names.append(name)
@@ -263,15 +261,24 @@ class SoundIndex:
 
     def _words(self, tokens: Sequence[_Token]) -> Iterator[_Passage]:
         """Yield names of which the last of `tokens` may be the last word."""
-        for end, sounds in tokens[-1].heads:
-            ending = self._last.near(_bones(sounds))
-            for begin in range(len(tokens) - 1) if ending else ():
-                for start, opening in tokens[begin].tails:
-                    found = ending & self._first.near_or_short(_bones(opening))
+        for last in _heads(tokens[-1].written):
+            ending = self._last.near(last.bones)
+            between: list[str] = []
+            most = last.most
+            for begin in range(len(tokens) - 2, -1, -1) if ending else ():
+                words = len(tokens) - begin
+                for first in _tails(tokens[begin].written):
+                    if first.most + most + _BOUNDARY * words < self._least:
+                        continue
+                    found = ending & self._first.near_or_short(first.bones)
                     if found:
-                        between = (token.sounds for token in tokens[begin + 1 : -1])
-                        heard = _REPEATED.sub(r"\1", "".join([opening, *between, sounds]))
-                        yield from self._as_long(tokens[begin:], start, end, heard, found)
+                        places = tokens[begin].start + first.cut, tokens[-1].start + last.cut
+                        heard = "".join([first.sounds, *between[::-1], last.sounds])
+                        heard = _REPEATED.sub(r"\1", heard)
+                        yield from self._as_long(tokens[begin:], *places, heard, found)
+                whole = _whole(tokens[begin].written)
+                between.append(whole.sounds)
+                most += whole.most
 
     def _as_long(
         self, tokens: Sequence[_Token], start: int, end: int, heard: str, found: Iterable[int]
@@ -387,12 +394,14 @@ def _at_most(name: str, passage: str) -> float:
 
     mine, heard = _bones(name), _bones(passage)
     same = LCSseq.similarity(mine, heard)
-    soft = len(name) - len(mine)
+    vowels = LCSseq.similarity(name.translate(_NO_CONSONANTS), passage.translate(_NO_CONSONANTS))
+    beyond = max(0, len(heard) - len(mine))
     return (
-        _SAME * (same + name.count("H"))
+        _SAME * (same + min(name.count("H"), passage.count("H")))
         + _ALIKE_AT_MOST * (len(mine) - same)
-        + _ENDING * max(0, len(heard) - len(mine))
-        + _SAME_VOWEL * (soft - name.count("H"))
+        + _SAME_VOWEL * vowels
+        + _ENDING * min(beyond, _MAX_ENDING)
+        + _MISSING["L"] * max(0, beyond - _MAX_ENDING)
     )
 
 
@@ -466,7 +475,6 @@ def _shortened(bones: str) -> frozenset[str]:
 # --- Passages -------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=8192)
 def _latin(token: str) -> str:
     from anyascii import anyascii
 
@@ -478,6 +486,47 @@ def _latin(token: str) -> str:
     return "".join(letter for letter in letters if letter.isascii() and letter.isalpha())
 
 
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """What a part of a word sounds like.
+
+    Attributes:
+        cut: Where in the word it begins or ends.
+        sounds: Its sounds.
+        bones: Its consonants.
+        most: Bits that it may give at most.
+    """
+
+    cut: int
+    sounds: str
+    bones: str
+    most: float
+
+    @classmethod
+    def of(cls, part: str, cut: int) -> _Heard:
+        """Hear a part of a word."""
+        sounds = _heard(part)
+        return cls(cut, sounds, _bones(sounds), _most(sounds, voiced=True))
+
+
+@lru_cache(maxsize=16384)
+def _whole(word: str) -> _Heard:
+    return _Heard.of(word, 0)
+
+
+@lru_cache(maxsize=16384)
+def _tails(word: str) -> tuple[_Heard, ...]:
+    """Return the ends of a word that may begin a name."""
+    return tuple(_Heard.of(word[cut:], cut) for cut in _openings(word))
+
+
+@lru_cache(maxsize=16384)
+def _heads(word: str) -> tuple[_Heard, ...]:
+    """Return the beginnings of a word that may end a name."""
+    return tuple(_Heard.of(word[:cut], cut) for cut in _endings(word))
+
+
+@lru_cache(maxsize=16384)
 def _heard(token: str) -> str:
     return _sounds(_latin(token), _HAN if "\u3400" <= token[0] <= "\u9fff" else _SOUNDS)
 
@@ -493,15 +542,12 @@ def _tokens(text: str) -> Iterator[_Token]:
         joined = 0
         if _GAP.fullmatch(gap):
             joined = 2 if _DOTS.intersection(gap) or (capital and was_capital) else 1
-        tails = [(start + cut, _heard(written[cut:])) for cut in _openings(written)]
-        heads = [(start + cut, _heard(written[:cut])) for cut in _endings(written)]
         voiced = not "\u0590" <= written[0] <= "\u07bf"
         loose = _UNSPACED.match(written) is not None
         lower = not capital and written[0] < _LAST_OF_TWO_CASES and written[0].upper() != written[0]
         begin, stop = _carried_ends(written)
         carried = start + begin, start + stop
-        sounds, shapes = _heard(written), (tuple(tails), tuple(heads))
-        yield _Token(start, end, sounds, voiced, loose, carried, lower, joined, *shapes)
+        yield _Token(start, end, written, voiced, loose, carried, lower, joined)
         before = end
 
 
