@@ -88,12 +88,14 @@ _DIGRAPHS: Final = {
     "zh": "S", "ts": "S", "tz": "S", "dz": "S", "kh": "K", "gh": "K", "ck": "K", "qu": "K",
     "dh": "T", "bh": "P", "rh": "L",
 }  # fmt: skip
-_SOUNDS: Final = {
+_DIGRAPH: Final = re.compile("|".join(sorted(_DIGRAPHS, key=len, reverse=True)))
+_LETTERS: Final = {
     "b": "P", "p": "P", "f": "P", "v": "P", "d": "T", "t": "T", "k": "K", "g": "K", "c": "K",
     "q": "K", "x": "KS", "s": "S", "z": "S", "j": "S", "l": "L", "r": "L", "n": "N", "m": "N",
     "h": "H", "a": "a", "e": "i", "i": "i", "y": "i", "o": "u", "u": "u", "w": "u",
 }  # fmt: skip
-_HAN: Final = {**_SOUNDS, "q": "S", "x": "S", "c": "S"}
+_SOUNDS: Final = str.maketrans(_LETTERS)
+_HAN: Final = str.maketrans({**_LETTERS, "q": "S", "x": "S", "c": "S"})
 _GREEK: Final = {"ντ": "d", "μπ": "b", "γκ": "g", "χ": "h"}
 _SOFT_C: Final = re.compile("c(?=[eiy])")
 # A Spanish or German j, a w that is said v, a g that is said j.
@@ -335,12 +337,16 @@ class _Passage:
     voiced: bool = True
 
 
+_NONE: Final[frozenset[int]] = frozenset()
+
+
 class _Lookup:
     """Finds names by consonants, of which one (of many two) may be missing on either side."""
 
     def __init__(self) -> None:
         self._owners: dict[str, list[int]] = {}
         self._short: set[int] = set()
+        self._longest = 0
         self._near: OrderedDict[str, frozenset[int]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -349,11 +355,14 @@ class _Lookup:
         if len(bones) < 2:
             self._short.add(number)
             return
+        self._longest = max(self._longest, len(bones))
         for key in _shortened(bones):
             self._owners.setdefault(key, []).append(number)
 
     def near(self, bones: str) -> frozenset[int]:
         """Return the names with about these consonants, and those with too few to tell."""
+        if len(bones) > self._longest + 2:
+            return _NONE
         with self._lock:
             known = self._near.get(bones)
         if known is None:
@@ -440,21 +449,10 @@ def _gap(sound: str) -> float:
     return _MISSING.get(sound, _DROPPED)
 
 
-def _sounds(word: str, letters: dict[str, str]) -> str:
+def _sounds(word: str, letters: dict[int, str]) -> str:
     """Return the sounds of letters; doubled consonants are one."""
-    word = _NASAL.sub("n", word)
-    out, at = [], 0
-    while at < len(word):
-        for length in (4, 3, 2):
-            digraph = _DIGRAPHS.get(word[at : at + length])
-            if digraph and len(word) >= at + length:
-                out.append(digraph)
-                at += length
-                break
-        else:
-            out.append(letters.get(word[at], ""))
-            at += 1
-    return _REPEATED.sub(r"\1", "".join(out))
+    heard = _DIGRAPH.sub(lambda match: _DIGRAPHS[match.group()], _NASAL.sub("n", word))
+    return _REPEATED.sub(r"\1", heard.translate(letters))
 
 
 def _bones(sounds: str) -> str:
