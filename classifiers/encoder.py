@@ -147,7 +147,7 @@ class OnnxEncoder:
         known = self._common.get(word)
         if known is None:
             known = self.word_rank(word) is not None
-            if len(self._common) < MAX_KNOWN_WORDS:
+            if len(self._common) < MAX_KNOWN_WORDS and len(word) <= 64:
                 self._common[word] = known
         return known
 

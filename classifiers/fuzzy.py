@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 MIN_LETTERS = 4
 """Shorter words are never taken for misspellings."""
@@ -59,16 +60,22 @@ class DeletionIndex:
         owners = np.repeat(np.arange(len(sizes), dtype=np.int32), np.array(sizes, np.int64))
         order = np.argsort(keys, kind="stable")
         self._hashes, self._owners = keys[order], owners[order]
+        self._shift, self._seen = _bitmap(keys)
 
     def near(self, word: str) -> list[Near]:
         """Return the known words that `word` may be a misspelling of, nearest first."""
         if not MIN_LETTERS - 1 <= len(word) <= MAX_LETTERS or not len(self._hashes):
             return []
         keys = np.fromiter({zlib.crc32(part.encode()) for part in _deletions(word)}, np.uint32)
+        # One look into memory for each key; a search among millions takes two dozen.
+        places = keys >> self._shift
+        keys = keys[(self._seen[places >> 3] >> (places & 7)) & 1 > 0]
+        if not len(keys):
+            return []  # most words are near no name
         first = np.searchsorted(self._hashes, keys, "left")
         known = self._hashes[np.minimum(first, len(self._hashes) - 1)] == keys
         if not known.any():
-            return []  # most words are near no name
+            return []
         from rapidfuzz.distance import OSA
 
         keys, first = keys[known], first[known]
@@ -85,6 +92,15 @@ class DeletionIndex:
             if 0 < edits <= allowed_edits(known) and known[0] in word[:2]:
                 found.append(Near(known, edits))
         return sorted(found, key=lambda near: (near.edits, near.word))
+
+
+def _bitmap(hashes: NDArray[np.uint32]) -> tuple[np.uint32, NDArray[np.uint8]]:
+    """Return bits of which those at the hashes, shifted to the right, are set: a sixteenth."""
+    width = min(max(len(hashes) * 16, 8).bit_length(), 32)
+    shift = np.uint32(32 - width)
+    seen = np.zeros(1 << width, np.bool_)
+    seen[hashes >> shift] = True
+    return shift, np.packbits(seen, bitorder="little")
 
 
 class SkeletonIndex:

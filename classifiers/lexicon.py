@@ -52,7 +52,8 @@ LEET = {"0": "o", "1": "il", "2": "z", "3": "e", "4": "a", "5": "s", "6": "gb", 
 
 MAX_LEET_LETTERS, MAX_LEET_WORDS = 24, 64
 
-MAX_KNOWN_WORDS = 100_000
+MAX_KNOWN_WORDS, LONGEST_KNOWN_WORD = 100_000, 64
+"""Words of texts, and the letters of one, that are remembered with what they may be."""
 
 MAX_OWNERS = 64
 """A term of more targets than this names none of them; it still counts beside another."""
@@ -384,6 +385,8 @@ class LexiconIndex:
         if found is None:
             exact = word in self._words or (len(word) < 4 and word.isalpha())
             found = ((word, 1.0),) if exact else self._mend(word)
+            if len(word) > LONGEST_KNOWN_WORD:
+                return found
             with self._lock:
                 if len(self._known) > MAX_KNOWN_WORDS:
                     self._known.clear()

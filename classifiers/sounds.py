@@ -14,12 +14,11 @@ import re
 import threading
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from functools import lru_cache
 from itertools import accumulate, combinations
-from typing import Final
+from typing import Final, Literal
 
 MARKED_BITS: Final = 4.0
 """Evidence needed beyond what chance offers, where the text itself marks a foreign name: by a
@@ -47,6 +46,8 @@ NEAR_WITHIN: Final = 0.75
 """The same where nothing says where a name would begin or end."""
 
 MAX_KNOWN: Final = 20_000
+
+MAX_UNIONS: Final = 500
 
 SHORTEST_KEY: Final = 3
 """Consonants that a name needs."""
@@ -147,12 +148,14 @@ class Sounded:
     bits: float
 
 
-class _Kind(Enum):
-    """How a passage stands out from the text around it."""
+_Kind = Literal["marked", "parted", "within"]
+"""How a passage stands out from the text around it."""
 
-    MARKED = auto()
-    PARTED = auto()
-    WITHIN = auto()
+_BITS: Final[dict[_Kind, float]] = {
+    "marked": MARKED_BITS,
+    "parted": PARTED_BITS,
+    "within": WITHIN_BITS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,13 +199,18 @@ class SoundIndex:
     def __init__(self, names: Iterable[tuple[str, ...]]) -> None:
         self._names: list[tuple[str, ...]] = []
         self._sounds: list[str] = []
+        self._mosts: list[float] = []
         self._first, self._last, self._whole = _Lookup(), _Lookup(), _Lookup()
         wanted = sorted({name for name in names if len(name) > 1})
         self._chance = math.log2(max(1, len(wanted)))
-        self._least = MARKED_BITS + self._chance
         for name in wanted:
             for words in _ways(name):
                 self._add(name, words)
+        self._fitting = {
+            (kind, words): frozenset(self._fit(kind, words))
+            for kind in _BITS
+            for words in range(LONGEST + 1)
+        }
 
     def _add(self, name: tuple[str, ...], words: Sequence[str]) -> None:
         """Let a name be found by one way to say its words."""
@@ -210,98 +218,112 @@ class SoundIndex:
         sounds = _REPEATED.sub(r"\1", "".join(words))
         if len(_bones(sounds)) < SHORTEST_KEY or max(len(first), len(last)) < 2:
             return
-        most = _most(sounds, voiced=True) + _BOUNDARY * len(name)
-        if most < self._least:
+        most = _most(sounds, voiced=True)
+        if most + _BOUNDARY * len(name) < MARKED_BITS + self._chance:
             return  # However well it fits, chance would make it among so many names.
         number = len(self._names)
         self._names.append(name)
         self._sounds.append(sounds)
+        self._mosts.append(most)
         self._first.add(first, number)
         self._last.add(last, number)
         self._whole.add(_bones(sounds), number)
+
+    def _fit(self, kind: _Kind, words: int) -> Iterator[int]:
+        """Yield the names that a passage of so many words may be: a middle name may be left out."""
+        for number, name in enumerate(self._names):
+            if words and len(name) not in (words, words + 1):
+                continue
+            if self._mosts[number] + _BOUNDARY * words >= _BITS[kind] + self._chance:
+                yield number
 
     def find(self, text: str) -> list[Sounded]:
         """Return the names that passages of `text` sound like; those of one name are apart."""
         if not self._names or not is_foreign(text):
             return []
         tokens = list(_tokens(text))
+        if not tokens:
+            return []
         pairs = sum(token.joined == 2 for token in tokens)
         needed = {
-            _Kind.MARKED: MARKED_BITS + self._chance + math.log2(max(1, pairs)),
-            _Kind.PARTED: PARTED_BITS + self._chance + math.log2(max(1, len(tokens))),
-            _Kind.WITHIN: WITHIN_BITS + self._chance + math.log2(max(1, len(tokens))),
+            kind: bits
+            + self._chance
+            + math.log2(max(1, pairs if kind == "marked" else len(tokens)))
+            for kind, bits in _BITS.items()
         }
         found = []
-        for passage in self._tried(text, tokens):
-            bits = self._bits(passage, needed[passage.kind])
-            if bits >= 0:
-                name = self._names[passage.name]
-                found.append(Sounded(passage.start, passage.end, name, bits))
+        for passage, names in self._tried(text, tokens, needed):
+            for number in names:
+                bits = self._bits(passage, number, needed[passage.kind])
+                if bits >= 0:
+                    found.append(Sounded(passage.start, passage.end, self._names[number], bits))
         return _apart(found)
 
-    def _bits(self, passage: _Passage, needed: float) -> float:
-        """Return the evidence of a passage beyond `needed`; none where it is far from the name."""
-        name = self._sounds[passage.name]
-        near = NEAR_WITHIN if passage.kind is _Kind.WITHIN else NEAR
-        most = _most(name, voiced=passage.voiced)
+    def _bits(self, passage: _Passage, number: int, needed: float) -> float:
+        """Return a passage's evidence for a name beyond `needed`; none where it is far from it."""
         needed -= _BOUNDARY * passage.words
-        least = max(needed, near * most)
-        if most < least or _at_most(name, passage.sounds) < least:
+        if self._mosts[number] < needed:
             return -math.inf
-        bits = agreement(name, passage.sounds)
+        name = self._sounds[number]
+        near = NEAR_WITHIN if passage.kind == "within" else NEAR
+        least = max(needed, near * _most(name, voiced=passage.voiced))
+        if _at_most(name, passage.sounds) < least:
+            return -math.inf
+        bits = agreement(name, passage.sounds, least)
         return bits - needed if bits >= least else -math.inf
 
-    def _tried(self, text: str, tokens: Sequence[_Token]) -> Iterator[_Passage]:
+    def _tried(
+        self, text: str, tokens: Sequence[_Token], needed: Mapping[_Kind, float]
+    ) -> Iterator[tuple[_Passage, frozenset[int]]]:
+        """Yield passages, and the names that each may be."""
         for last, token in enumerate(tokens):
             reach = 0
-            while reach < LONGEST and last > reach and tokens[last - reach].joined:
+            while reach < LONGEST - 1 and last > reach and tokens[last - reach].joined:
                 reach += 1
             if reach:
-                yield from self._words(tokens[last - reach : last + 1])
+                yield from self._words(tokens[last - reach : last + 1], needed)
             if token.loose:
-                yield from self._carried(text, token)
+                yield from self._carried(text, token, needed["parted"])
 
-    def _words(self, tokens: Sequence[_Token]) -> Iterator[_Passage]:
-        """Yield names of which the last of `tokens` may be the last word."""
-        for last in _heads(tokens[-1].written):
+    def _words(
+        self, tokens: Sequence[_Token], needed: Mapping[_Kind, float]
+    ) -> Iterator[tuple[_Passage, frozenset[int]]]:
+        """Yield passages that end with the last of `tokens`."""
+        final = tokens[-1]
+        for last in _heads(final.written):
             ending = self._last.near(last.bones)
             between: list[str] = []
-            most = last.most
+            most, end = last.most, final.start + last.cut
             for begin in range(len(tokens) - 2, -1, -1) if ending else ():
-                words = len(tokens) - begin
-                for first in _tails(tokens[begin].written):
-                    if first.most + most + _BOUNDARY * words < self._least:
+                words, token = len(tokens) - begin, tokens[begin]
+                for first in _tails(token.written):
+                    start = token.start + first.cut
+                    kind = _kind(tokens[begin:], start, end)
+                    if first.most + most + _BOUNDARY * words < needed[kind]:
                         continue
-                    found = ending & self._first.near_or_short(first.bones)
-                    if found:
-                        places = tokens[begin].start + first.cut, tokens[-1].start + last.cut
+                    fitting = self._fitting[kind, words]
+                    if found := ending & fitting & self._first.near_or_short(first.bones):
                         heard = "".join([first.sounds, *between[::-1], last.sounds])
                         heard = _REPEATED.sub(r"\1", heard)
-                        yield from self._as_long(tokens[begin:], *places, heard, found)
-                whole = _whole(tokens[begin].written)
+                        yield _Passage(start, end, words, kind, heard, final.voiced), found
+                whole = _whole(token.written)
                 between.append(whole.sounds)
                 most += whole.most
 
-    def _as_long(
-        self, tokens: Sequence[_Token], start: int, end: int, heard: str, found: Iterable[int]
-    ) -> Iterator[_Passage]:
-        """Yield those names that have as many words as `tokens`, or one (a middle name) more."""
-        kind, words = _kind(tokens, start, end), len(tokens)
-        for number in found:
-            if len(self._names[number]) in (words, words + 1):
-                yield _Passage(start, end, words, kind, heard, number, tokens[-1].voiced)
-
-    def _carried(self, text: str, token: _Token) -> Iterator[_Passage]:
-        """Yield names among characters that a language without spaces writes foreign names with."""
+    def _carried(
+        self, text: str, token: _Token, needed: float
+    ) -> Iterator[tuple[_Passage, frozenset[int]]]:
+        """Yield parts of runs of the characters that Chinese writes foreign names with."""
         for run in _CARRIED.finditer(text, token.start, token.end):
             heard = [_heard(char) for char in run.group()]
             for first in range(len(heard) - FEWEST_CARRIED + 1):
                 shape = "".join(heard[first : first + FEWEST_CARRIED - 1])
                 for last in range(first + FEWEST_CARRIED - 1, min(len(heard), first + LONGEST_RUN)):
                     shape = _REPEATED.sub(r"\1", shape + heard[last])
-                    start, end = run.start() + first, run.start() + last + 1
-                    for number in self._whole.near(_bones(shape)):
-                        yield _Passage(start, end, 0, _Kind.PARTED, shape, number)
+                    if _most(shape, voiced=True) >= needed:
+                        start, end = run.start() + first, run.start() + last + 1
+                        names = self._whole.near(_bones(shape)) & self._fitting["parted", 0]
+                        yield _Passage(start, end, 0, "parted", shape), names
 
 
 def _apart(found: Iterable[Sounded]) -> list[Sounded]:
@@ -319,21 +341,20 @@ def _kind(tokens: Sequence[_Token], start: int, end: int) -> _Kind:
     first, last = tokens[0], tokens[-1]
     if all(token.joined == 2 for token in tokens[1:]):
         whole = start in (first.start, first.carried[0]) and end in (last.end, last.carried[1])
-        return _Kind.MARKED if whole or not first.loose else _Kind.WITHIN
+        return "marked" if whole or not first.loose else "within"
     cut = (first.loose and start > first.start) or (last.loose and end < last.end)
-    return _Kind.WITHIN if cut or any(token.lower for token in tokens) else _Kind.PARTED
+    return "within" if cut or any(token.lower for token in tokens) else "parted"
 
 
 @dataclass(frozen=True, slots=True)
 class _Passage:
-    """A passage that may be the name of a number."""
+    """A passage that may be a name; of so many `words`, 0 in a run of characters."""
 
     start: int
     end: int
     words: int
     kind: _Kind
     sounds: str
-    name: int
     voiced: bool = True
 
 
@@ -347,6 +368,7 @@ class _Lookup:
         self._owners: dict[str, list[int]] = {}
         self._short: set[int] = set()
         self._longest = 0
+        self._either: dict[str, frozenset[int]] = {}
         self._near: OrderedDict[str, frozenset[int]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -376,7 +398,14 @@ class _Lookup:
 
     def near_or_short(self, bones: str) -> frozenset[int]:
         """Return the names with about these consonants, and all that have too few to tell."""
-        return self.near(bones) | self._short if self._short else self.near(bones)
+        if not self._short or len(bones) < 3:
+            return self.near(bones)
+        known = self._either.get(bones)
+        if known is None:
+            known = self._either[bones] = self.near(bones) | self._short
+            if len(self._either) > MAX_UNIONS:
+                self._either.clear()
+        return known
 
 
 def _ways(name: Sequence[str]) -> list[list[str]]:
@@ -414,20 +443,29 @@ def _at_most(name: str, passage: str) -> float:
     )
 
 
-def agreement(name: str, passage: str) -> float:
+def agreement(name: str, passage: str, least: float = -math.inf) -> float:
     """Return the bits of evidence that the sounds of a passage give for those of a name.
 
     The passage may go on with an ending that is no part of the name, as words are inflected.
+
+    Args:
+        name: Sounds of the name.
+        passage: Sounds of the passage.
+        least: Less than this is nothing: returned as minus infinity.
     """
     gaps = [_gap(sound) for sound in passage]
     row = list(accumulate(gaps, initial=0.0))
+    rest = _most(name, voiced=True)
     for mine in name:
+        rest -= _PAIRS[mine + mine]
         missing = _gap(mine)
         left = row[0] + missing
         above, row = row, [left]
         for at, sound in enumerate(passage):
             left = max(above[at] + _PAIRS[mine + sound], above[at + 1] + missing, left + gaps[at])
             row.append(left)
+        if max(row) + rest < least:
+            return -math.inf
     last = len(row) - 1
     return max(
         row[at] + _ENDING * (last - at) for at in range(max(0, last - _MAX_ENDING), last + 1)

@@ -24,6 +24,7 @@ HashArray = NDArray[np.uint64]
 
 _POWERS = np.array([pow(0x9E3779B97F4A7C15, GRAM - 1 - n, 1 << 64) for n in range(GRAM)], np.uint64)
 _MAX_WORDS = 200_000
+_LONGEST_KEPT = 64  # letters: a client can send words of a megabyte
 
 
 class GramHasher:
@@ -53,6 +54,8 @@ class GramHasher:
         if known is None:
             digest = hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8, key=self._key)
             known = int.from_bytes(digest.digest(), "little")
+            if len(word) > _LONGEST_KEPT:
+                return known
             with self._lock:
                 if len(self._words) > _MAX_WORDS:
                     self._words.clear()

@@ -4,11 +4,14 @@ A question that describes without naming passes the input side, and knowledge ca
 the context. So answers are read as requests are. An answer that touches a target is asked for again
 as a continuation of what was already said, from a prompt that is now corrupted too, and more of it
 each time.
+
+An answer about a generic name leaves with the asked one in its place (`guard.restore`). It is read
+as the engine gave it and as it leaves: a title may tell of a target only beside its own name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
@@ -19,9 +22,10 @@ from guard.errors import StageError
 from guard.normalise import normalise
 from guard.policy import route_of
 from guard.request import ParsedRequest
-from guard.rewrite import all_but_final_mark
+from guard.restore import NameRestorer
+from guard.rewrite import StandIn, all_but_final_mark
 from guard.schema import AssistantMessage, ChatBody
-from guard.types import Segment, Span, TargetHit, TextHit
+from guard.types import Detection, Segment, Span, TargetHit, TextHit
 from guard.view import readings
 
 if TYPE_CHECKING:
@@ -68,8 +72,11 @@ class AnswerGuard:
         """Whether there is a target that an answer could tell of."""
         return any(policy.status == "enforced" for policy in self._guard.targets.values())
 
-    def touched(self, text: str) -> tuple[TextHit, ...]:
+    def touched(self, *texts: str) -> tuple[TextHit, ...]:
         """Return the enforced targets that a text of an answer tells of; strongest first.
+
+        Args:
+            texts: The text, in each form that counts: as the engine gave it, and as it leaves.
 
         Of a target that the request itself touches, and that its prompt is already treated for,
         only what the request does not say counts: an answer may repeat the name it was asked about.
@@ -77,16 +84,36 @@ class AnswerGuard:
         Raises:
             StageError: If reading it failed.
         """
-        if not text.strip() or not self._guard.targets:
+        if not any(text.strip() for text in texts) or not self._guard.targets:
             return ()
         try:
-            return self._touched(text)
+            return self._touched(texts)
         except Exception as error:
             raise StageError("detect", error) from error
 
-    def _touched(self, text: str) -> tuple[TextHit, ...]:
+    def untouched(self, *texts: str) -> bool:
+        """Say if it takes little to tell that a text of an answer tells of nothing.
+
+        False says nothing: `touched` has to be asked, which may take long.
+
+        Args:
+            texts: The text, in each form that counts.
+        """
+        if not any(text.strip() for text in texts) or not self._guard.targets:
+            return True
+        detect: Callable[[Sequence[str]], Detection | None] | None
+        detect = getattr(self._guard.detector, "detect_lightly", None)
+        if detect is None:
+            return False
+        try:
+            detection = detect(_readings(texts))
+        except Exception:
+            return False  # `touched` meets and reports it again
+        return detection is not None and not any(detection.hits)
+
+    def _touched(self, texts: Sequence[str]) -> tuple[TextHit, ...]:
         found: dict[str, TextHit] = {}
-        read = list(dict.fromkeys(r.text for r in readings([Segment(_PATH, text)])))
+        read = _readings(texts)
         for reading, hits in zip(read, self._guard.detector.detect(read).hits, strict=True):
             for hit in hits:
                 if self._counts(hit.target, reading):
@@ -94,13 +121,21 @@ class AnswerGuard:
                     found[hit.target] = min(best, hit, key=lambda one: (one.p_value, -one.score))
         return tuple(sorted(found.values(), key=lambda one: (one.p_value, -one.score, one.target)))
 
-    def clean_part(self, text: str) -> str:
-        """Return the longest beginning of a text, in whole sentences, that touches nothing."""
-        clean = ""
+    def clean_part(self, text: str, stand_ins: Sequence[StandIn] = ()) -> str:
+        """Return the longest beginning of a text, in whole sentences, that touches nothing.
+
+        Args:
+            text: As the engine gave it.
+            stand_ins: Names that are put back before it leaves.
+        """
+        restorer = NameRestorer(stand_ins)
+        clean = left = ""
         for end in _sentence_ends(text):
-            if self.touched(text[max(0, len(clean) - WINDOW) : end]):
+            leaving = restorer.restore(text[:end])
+            new = text[max(0, len(clean) - WINDOW) : end]
+            if self.touched(new, leaving[max(0, len(left) - WINDOW) :]):
                 break
-            clean = text[:end]
+            clean, left = text[:end], leaving
         return clean
 
     def count(self, text: str) -> int:
@@ -150,7 +185,10 @@ class AnswerGuard:
     @cached_property
     def _request(self) -> str:
         segments = self._inspection.request.segments(self._detokenise)
-        return "\n".join(normalise(segment.text).text for segment in segments).casefold()
+        texts = [normalise(segment.text).text for segment in segments]
+        # A name that was asked for in disguise comes back in it, or without it.
+        texts += [reading.text for reading in readings(segments)]
+        return "\n".join(dict.fromkeys(texts)).casefold()
 
     def _detokenise(self, ids: Sequence[int]) -> str:
         assert self._guard.prompts is not None  # else the request would not have been read
@@ -166,6 +204,12 @@ class AnswerGuard:
                 hit.target, hit.score, hit.p_value, max(1.0, hit.weight), spans, enforced=True
             )
         return sorted(own.values(), key=lambda hit: (hit.p_value, -hit.score, hit.name))
+
+
+def _readings(texts: Sequence[str]) -> list[str]:
+    """All that may be read in a text's forms, each once."""
+    read = (reading.text for text in texts for reading in readings([Segment(_PATH, text)]))
+    return list(dict.fromkeys(read))
 
 
 def _sentence_ends(text: str) -> Iterator[int]:

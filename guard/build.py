@@ -27,6 +27,7 @@ from guard.ledger import Ledger
 from guard.pipeline import Guard
 from guard.policy import TargetPolicy
 from guard.prompts import ModelFingerprint, ModelPrompts
+from guard.request import ImagePolicy
 from guard.rewrite import Corrupter
 from guard.types import AdapterUse, BoolArray, Detector, FloatArray
 
@@ -48,6 +49,7 @@ def load_guard(
     ledger: Ledger | None,
     threads: int | None = None,
     context: ContextPolicy = "corrupt",
+    images: ImagePolicy = "deny",
 ) -> Guard:
     """Load the current version of a bundle.
 
@@ -58,6 +60,7 @@ def load_guard(
         ledger: Where flagged decisions go.
         threads: Threads of the encoder; None leaves it to ONNX Runtime.
         context: What is done about targets that results of tools and earlier turns touch.
+        images: Whether requests may hold images beside their texts.
 
     Raises:
         BundleNotFoundError: If there is none.
@@ -89,6 +92,7 @@ def load_guard(
         version=bundle.manifest.version,
         holds=bundle,
         context=context,
+        images=images,
     )
 
 

@@ -22,7 +22,9 @@ from guard.cli_admin import bundle_group, config, doctor, ledger_group, model_gr
 from guard.cli_bench import bench_group
 from guard.cli_bench_adapters import losses
 from guard.cli_bench_leaks import leaks
+from guard.cli_bench_outputs import outputs
 from guard.cli_bench_serve import serve_bench
+from guard.cli_bench_side_channels import side_channels
 from guard.cli_chat import chat
 from guard.cli_decide import decide
 from guard.cli_eval import eval_group
@@ -100,7 +102,9 @@ for _command in (
 learn_group.add_command(adapter)
 bench_group.add_command(leaks)
 bench_group.add_command(losses)
+bench_group.add_command(outputs)
 bench_group.add_command(serve_bench)
+bench_group.add_command(side_channels)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

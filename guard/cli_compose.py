@@ -125,14 +125,26 @@ def make_guard(session: Session, progress: Progress, closed: bool = False) -> Li
             ledger=ledger,
             threads=threads,
             context=settings.context,
+            images=settings.images,
         )
 
     return LiveGuard(load, store.current_version, closed)
 
 
 def server_options(settings: Settings) -> ServerOptions:
-    """Translate the settings for the server."""
+    """Translate the settings for the server.
+
+    Raises:
+        ConfigError: If an engine that asks for no key is to decide who may ask.
+    """
+    from guard.errors import ConfigError
     from server.types import ServerOptions
+
+    if settings.forward_authorization and settings.engine == "embedded":
+        raise ConfigError(
+            "forward_authorization leaves authentication to the engine, but the embedded engine "
+            "lets everyone in: set api_keys or api_keys_file instead"
+        )
 
     secret = settings.metrics_key
     return ServerOptions(
@@ -141,6 +153,7 @@ def server_options(settings: Settings) -> ServerOptions:
         otlp_endpoint=settings.otlp_endpoint,
         metrics_key=None if secret is None else secret.get_secret_value(),
         embeddings=settings.embeddings,
+        images=settings.images,
         on_error=settings.on_error,
         forward_authorization=settings.forward_authorization,
         max_body_bytes=settings.max_body_bytes,

@@ -55,7 +55,7 @@ def decide(session: Session, /, source: str, out: Path | None, **flags: Any) -> 
             context=settings.context,
         )
         done = failed = flagged = 0
-        for row in decide_lines(guard, file, settings.max_body_bytes):
+        for row in decide_lines(guard, file, settings.max_body_bytes, settings.images):
             output.write(json.dumps(row).encode() + b"\n")
             output.flush()
             done, failed = done + 1, failed + ("error" in row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ def serve(session: Session, /, **flags: Any) -> None:
     With --engine embedded the model runs in this process; with --engine vllm an unmodified vLLM,
     started with --enable-prompt-embeds, answers at --upstream.
     """
+    # Read when numpy is imported; products here are small, and each thread would hold buffers.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     settings = session.load(**flags).values
     if settings.processes == 1:
         _serve(session, None)
@@ -72,6 +75,7 @@ def serve(session: Session, /, **flags: Any) -> None:
 
 def _serve(session: Session, worker: _Worker | None) -> None:
     """Serve in this process, alone or as one of several."""
+    from guard.memory import give_back
     from server.app import create_app
     from server.lifecycle import Lifecycle
 
@@ -94,6 +98,7 @@ def _serve(session: Session, worker: _Worker | None) -> None:
             await worker.begin(app, metrics)
         await engine.start()
         await state.check_or_wait(engine, guard)
+        give_back()  # what the checks took
 
     def started(url: str) -> None:
         if worker is None or worker.greets:

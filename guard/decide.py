@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import msgspec
 
 from guard.errors import GuardError, RequestError
-from guard.request import ParsedRequest, parse_request
+from guard.request import ImagePolicy, ParsedRequest, parse_request
 from guard.types import Decision
 
 FORMS = '{"messages"}, {"prompt"}, {"text"} or {"endpoint", "body"}'
@@ -88,7 +88,10 @@ def decide_line(guard: Decider, line: str | bytes, line_number: int) -> dict[str
 
 
 def decide_lines(
-    guard: Decider, lines: Iterable[bytes], max_body_bytes: int | None = None
+    guard: Decider,
+    lines: Iterable[bytes],
+    max_body_bytes: int | None = None,
+    images: ImagePolicy = "deny",
 ) -> Iterator[dict[str, Any]]:
     """Decide on many lines, in order, several at a time as they come.
 
@@ -96,9 +99,11 @@ def decide_lines(
         guard: Decides.
         lines: The lines; whoever waits for one at a time gets its answer at once.
         max_body_bytes: Longest body that the server would take.
+        images: Whether the server would take images.
     """
     for batch in _batches(lines):
-        yield from _decide([_read(line, number, max_body_bytes) for number, line in batch], guard)
+        read = [_read(line, number, max_body_bytes, images) for number, line in batch]
+        yield from _decide(read, guard)
 
 
 def _decide(asked: Sequence[_Asked | _Refused], guard: Decider) -> list[dict[str, Any]]:
@@ -149,7 +154,9 @@ def _row(asked: _Asked, decision: Decision | GuardError) -> dict[str, Any]:
     }
 
 
-def _read(line: str | bytes, number: int, max_body_bytes: int | None) -> _Asked | _Refused:
+def _read(
+    line: str | bytes, number: int, max_body_bytes: int | None, images: ImagePolicy = "deny"
+) -> _Asked | _Refused:
     """Turn a line into a request; its own bytes become the body, so that none is lost."""
     row_id: Any = number
     try:
@@ -159,7 +166,7 @@ def _read(line: str | bytes, number: int, max_body_bytes: int | None) -> _Asked 
         endpoint, body, path = _request(parsed)
         if max_body_bytes is not None and len(body) > max_body_bytes:
             raise RequestError(f"the body is longer than {max_body_bytes} bytes")
-        return _Asked(row_id, parse_request(endpoint, body), path)
+        return _Asked(row_id, parse_request(endpoint, body, images), path)
     except RequestError as error:
         where = f"{error.param}: " if error.param and error.param not in str(error) else ""
         return _Refused(row_id, f"{where}{error}")

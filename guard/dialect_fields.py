@@ -30,6 +30,10 @@ def _denied(words: str, prefix: str = "") -> dict[str, Field]:
     return _rows(prefix, words, Field("deny", why=_WHY))
 
 
+def _images(words: str, prefix: str) -> dict[str, Field]:
+    return _rows(prefix, words, Field("deny", why=_WHY, setting="images"))
+
+
 def _absent(*values: object) -> Field:
     return Field("deny", why=_WHY, harmless=values)
 
@@ -55,7 +59,8 @@ _MESSAGES: Final[dict[str, Field]] = {
     # What vLLM has besides.
     **_denied("cache_salt chat_template_kwargs ec_transfer_params kv_transfer_params mm_payload"),
     **_denied("return_mm_kwargs vllm_xargs watermarking thinking.display tools[].defer_loading"),
-    **_denied("data source tool tool_name", "messages[].content[]."),
+    **_denied("data tool tool_name", "messages[].content[]."),
+    **_images("source", "messages[].content[]."),
     **_denied("content data id input is_error name signature source", "system[]."),
     **_denied("thinking tool tool_name tool_use_id", "system[]."),
 }
@@ -97,7 +102,8 @@ _RESPONSES: Final[dict[str, Field]] = {
     **_denied("operation output_format outputs pending_safety_checks quality queries", "input[]."),
     **_denied("reason reasoning result results revised_prompt server_label size", "input[]."),
     **_denied("svg_usage text tools", "input[]."),
-    **_denied("detail file_data file_id file_url filename image_url", "input[].content[]."),
+    **_denied("file_data file_id file_url filename", "input[].content[]."),
+    **_images("detail image_url", "input[].content[]."),
     **_denied("prompt_cache_breakpoint", "input[].content[]."),
     **_denied(
         "created_by detail file_data file_id file_url filename image_url", "input[].output[]."

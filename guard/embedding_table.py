@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -131,7 +132,10 @@ class EmbeddingTable:
 
     def sample(self, count: int) -> FloatArray:
         """Return `count` rows spread evenly over the table, as stored, shape (count, hidden)."""
-        return self._plain(np.unique(np.linspace(0, self.rows - 1, count).astype(np.int64)))
+        rows = self._plain(np.unique(np.linspace(0, self.rows - 1, count).astype(np.int64)))
+        if hasattr(mmap, "MADV_DONTNEED"):  # else what was read around the rows stays in memory
+            self._stored._mmap.madvise(mmap.MADV_DONTNEED)
+        return rows
 
     @cached_property
     def rms(self) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final, Literal
 
 Treatment = Literal["judge", "pass", "cap", "strip", "deny", "translate"]
@@ -37,12 +38,14 @@ class Field:
         bounds: Limits, by the names that `msgspec.Meta` gives them.
         why: Of a denied field, the reason that a client reads.
         harmless: Of a denied field, values that mean its absence and are accepted.
+        setting: Of a denied field, the setting with which it is sent on instead.
     """
 
     treatment: Treatment
     bounds: Mapping[str, Any] = field(default_factory=dict)
     why: str = ""
     harmless: tuple[Any, ...] = ()
+    setting: str = ""
 
 
 def _judge(**bounds: Any) -> Field:
@@ -181,7 +184,7 @@ _MESSAGE: Final[dict[str, Field]] = {
     "content[].file": _OPAQUE,
     "content[].image_embeds": _OPAQUE,
     "content[].image_pil": _OPAQUE,
-    "content[].image_url": _OPAQUE,
+    "content[].image_url": Field("deny", why=_OPAQUE.why, setting="images"),
     "content[].input_audio": _OPAQUE,
     "content[].name": _OPAQUE,
     "content[].prompt_cache_breakpoint": _CACHE,
@@ -213,7 +216,9 @@ _CHAT: Final[dict[str, Field]] = {
     "add_generation_prompt": _TEMPLATE,
     "chat_template": _TEMPLATE,
     "continue_final_message": _TEMPLATE,
-    "documents": _deny("put the documents into a message"),
+    "documents": _deny(
+        "put the documents into a message, the user's or a tool's: there they are read"
+    ),
     "echo": _PROBE,
     "include_reasoning": _HYGIENE,
     "media_io_kwargs": _OPAQUE,
@@ -247,9 +252,9 @@ _GUARDED_TOO: Final = (
 )  # fmt: skip
 _DENIED_ROUTES: Final = """
 GET /docs /docs/oauth2-redirect /fault_tolerance/status /get_world_size /is_paused /is_sleeping
-    /kv_event_sources /load /openapi.json /ping /redoc /server_info /tokenizer_info
+    /kv_event_sources /load /ping /redoc /server_info /tokenizer_info
     /v1/responses/{response_id} /version /weight_info
-HEAD /docs /docs/oauth2-redirect /openapi.json /redoc
+HEAD /docs /docs/oauth2-redirect /redoc
 POST /abort_requests /classify /cohere/v2/chat /cohere/v2/chat/render /collective_rpc /detokenize
     /fault_tolerance/apply /finish_weight_update /generative_scoring /inference/v1/abort_requests
     /inference/v1/generate /init_weight_transfer_engine /invocations /is_scaling_elastic_ep /pause
@@ -270,7 +275,9 @@ def _routes() -> dict[str, Literal["guard", "serve", "deny"]]:
     found: dict[str, Literal["guard", "serve", "deny"]] = {
         f"POST {path}": "guard" for path in (*FIELDS, *_GUARDED_TOO)
     }
-    found |= {f"GET {path}": "serve" for path in ("/v1/models", "/health", "/metrics")}
+    served = ("/v1/models", "/openapi.json", "/health", "/metrics")
+    found |= {f"GET {path}": "serve" for path in served}
+    found["HEAD /openapi.json"] = "serve"
     method = ""
     for word in _DENIED_ROUTES.split():
         if word.startswith("/"):
@@ -307,6 +314,7 @@ def why_denied(route: str, path: str) -> str:
     return _UNDECLARED
 
 
+@cache
 def stripped(route: str) -> tuple[str, ...]:
     """Return the fields of a route's body that are accepted and not sent on."""
     return tuple(path for path, row in FIELDS[route].items() if row.treatment == "strip")

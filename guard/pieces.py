@@ -62,6 +62,7 @@ _NUMBERED: Final = re.compile(
 _FEW: Final = 8
 _BEHIND: Final = " \t\r\n;,+([\"'”’»`"
 _LINKS: Final = (" and", " let", " then", " set", " var", " const")
+_SIGNS: Final = (":", "=", "<-", "←", "->", "→", *"\"'“‘«„`")
 _MARK: Final = re.compile(r"[\"“”`]")
 
 
@@ -90,6 +91,11 @@ def _shows_pieces(text: str) -> bool:
     return any(word in lower for word in _PIECE_WORDS) or _PIECE_MARKS.search(text) is not None
 
 
+def _may_name(text: str) -> bool:
+    """False only where `_NAMED` finds nothing: it wants a sign, or a word before a quotation."""
+    return any(sign in text for sign in _SIGNS)
+
+
 def _are_a_series(named: list[re.Match[str]]) -> bool:
     """True for a and b, part 1 and part 2, first and second half."""
     names = [re.sub(r"\W", "", match["name"].lower()) for match in named]
@@ -106,7 +112,7 @@ class _Piece(NamedTuple):
 
 
 def _piece_lists(text: str) -> Iterator[list[_Piece]]:
-    named = list(_NAMED.finditer(text))
+    named = list(_NAMED.finditer(text)) if _may_name(text) else []
     quoted = [match for match in named if match["quoted"]]
     if len(quoted) >= 2:
         yield [_Piece(match["name"].lower(), _inside(match, "quoted")) for match in quoted]

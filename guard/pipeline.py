@@ -6,12 +6,11 @@ reaches detectors and corruptions through the kernel's protocols only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
-
-import numpy as np
 
 from guard.answers import AnswerGuard
 from guard.contents import Content, contents_of, has_place, locate
@@ -22,7 +21,7 @@ from guard.keys import GuardKey
 from guard.ledger import Ledger
 from guard.policy import TargetPolicy, route_of
 from guard.prompts import ContentTokens, ModelPrompts
-from guard.request import ParsedRequest, parse_request, replace_contents, unsteered
+from guard.request import ImagePolicy, ParsedRequest, parse_request, replace_contents, unsteered
 from guard.rewrite import (
     CorruptedText,
     Corruption,
@@ -36,14 +35,13 @@ from guard.types import (
     Decision,
     Detection,
     Detector,
-    FloatArray,
     Segment,
     Span,
     TargetHit,
     TargetRoute,
     TextHit,
 )
-from guard.view import Reading, readings, source_span
+from guard.view import Reading, plain_readings, readings, source_span
 
 ANSWER_PENALTY: Final = 0.3
 """`frequency_penalty` of a rewritten request whose client set no penalty: asked about an unfamiliar
@@ -99,6 +97,10 @@ class _Found(NamedTuple):
     hit: TextHit
 
 
+NOTHING: Final = Decision(flagged=False, route="pass", coverage=1.0, targets=(), margin=-math.inf)
+"""The decision where there is no target."""
+
+
 class Guard:
     """Decides on requests and rewrites the flagged ones.
 
@@ -112,6 +114,7 @@ class Guard:
         version: Version of the bundle, for the ledger.
         context: What is done about targets that results of tools and earlier turns touch.
         holds: Kept for as long as the guard lives: the bundle whose adapters engines read.
+        images: Whether requests may hold images, which nobody judges, beside their texts.
     """
 
     def __init__(
@@ -124,12 +127,13 @@ class Guard:
         version: int = 0,
         holds: object = None,
         context: ContextPolicy = "corrupt",
+        images: ImagePolicy = "deny",
     ) -> None:
         self.detector = detector
         self.targets = dict(targets)
         self.prompts = prompts
         self.version = version
-        self.context = context
+        self.context, self.images = context, images
         self._key = key
         self._ledger = ledger
         self._holds = holds
@@ -163,6 +167,7 @@ class Guard:
             self.version,
             self._holds,
             self.context,
+            self.images,
         )
 
     # --- Deciding ----------------------------------------------------------------------------
@@ -174,8 +179,28 @@ class Guard:
             RequestError: If the request can't be accepted.
             StageError: If a stage failed; whether that closes or opens is the caller's policy.
         """
-        request = parse_request(endpoint, body)
+        request = parse_request(endpoint, body, self.images)
         return Inspection(request, self.decide(request))
+
+    def begin(self, endpoint: str, body: bytes) -> Inspection | Callable[[], Inspection]:
+        """Do what `inspect` does as far as it takes little.
+
+        Returns:
+            The inspection, or what makes it and may take long: for a thread to call.
+
+        Raises:
+            RequestError: If the request can't be accepted.
+            StageError: If a stage failed.
+        """
+        request = parse_request(endpoint, body, self.images)
+        if not self.targets:
+            request.segments(self._detokenise)  # raises where `inspect` would
+            return Inspection(request, NOTHING)
+        view = self._view(request)
+        decision = self._light_decision(view)
+        if decision is not None:
+            return Inspection(request, decision)
+        return lambda: Inspection(request, self._decide_views([view])[0])
 
     def decide(self, request: ParsedRequest) -> Decision:
         """Decide on one request; see `decide_many`."""
@@ -188,11 +213,25 @@ class Guard:
             RequestError: If a token-id prompt can't be turned into text.
             StageError: If detection failed.
         """
-        views = [self._view(request) for request in requests]
-        rows: dict[str, int] = {}
-        for view in views:
-            for reading in view.readings:
-                rows.setdefault(reading.text, len(rows))
+        return self._decide_views([self._view(request) for request in requests])
+
+    def _light_decision(self, view: _View) -> Decision | None:
+        """Decide if the detector can say in passing what it finds, and that is nothing."""
+        detect: Callable[[Sequence[str]], Detection | None] | None
+        detect = getattr(self.detector, "detect_lightly", None)
+        if detect is None:
+            return None
+        rows = _rows([view])
+        try:
+            detection = detect(list(rows))
+            if detection is None or any(detection.hits):
+                return None
+            return self._decision(view, rows, detection)
+        except Exception as error:
+            raise StageError("detect", error) from error
+
+    def _decide_views(self, views: Sequence[_View]) -> list[Decision]:
+        rows = _rows(views)
         try:
             detection = self.detector.detect(list(rows))
             return [self._decision(view, rows, detection) for view in views]
@@ -204,7 +243,9 @@ class Guard:
         messages = request.raw.get("messages", ())
         roles = tuple(message["role"] for message in messages)
         try:
-            return _View(segments, roles, in_context(messages), readings(segments, roles))
+            # Where there is nothing to find, no other readings are looked for either.
+            found = readings(segments, roles) if self.targets else plain_readings(segments)
+            return _View(segments, roles, in_context(messages), found)
         except Exception as error:
             raise StageError("view", error) from error
 
@@ -221,7 +262,8 @@ class Guard:
         hits = [self._hit(name, some, view) for name, some in found.items()]
         hits.sort(key=lambda hit: (hit.p_value, -hit.score, hit.name))
         places = [rows[reading.text] for reading in view.readings]
-        coverage = _coverage(view, detection.coverage[places])
+        shares, margins = detection.coverage.tolist(), detection.margins.tolist()
+        coverage = _coverage(view, [shares[place] for place in places])
         if self.context == "ignore":
             hits = without_context(hits, view.is_context)
         route = route_of(hits, self.targets, view.segments, coverage)
@@ -232,7 +274,7 @@ class Guard:
             route=route,
             coverage=coverage,
             targets=tuple(hits),
-            margin=float(detection.margins[places].max(initial=-np.inf)),
+            margin=max((margins[place] for place in places), default=-math.inf),
         )
 
     def _hit(self, name: str, found: Sequence[_Found], view: _View) -> TargetHit:
@@ -288,7 +330,7 @@ class Guard:
         if self._refuses(inspection.decision):
             raise CannotCorruptError("the request", "a target that it touches refuses")
         adapters = self._adapters(inspection.decision)
-        if route == "adapt":
+        if route == "adapt" or self._left_to_adapters(inspection, adapters):
             return Rewritten(unsteered(request), adapters=adapters)
         if self.prompts is None:
             raise StageError("rewrite", RuntimeError("no model files to take embeddings from"))
@@ -314,6 +356,18 @@ class Guard:
             raise
         except Exception as error:
             raise StageError("rewrite", error) from error
+
+    def _left_to_adapters(self, inspection: Inspection, adapters: Sequence[AdapterUse]) -> bool:
+        """Say if a request holds images: then adapters answer it alone, one for each target.
+
+        Raises:
+            CannotCorruptError: If it holds images and a target has no adapter that acts.
+        """
+        if not inspection.request.has_images:
+            return False
+        if len(adapters) < sum(hit.enforced for hit in inspection.decision.targets):
+            raise CannotCorruptError("the request", "embeddings can't stand beside images")
+        return True
 
     def _refuses(self, decision: Decision) -> bool:
         return any(hit.enforced and self.targets[hit.name].refuses for hit in decision.targets)
@@ -439,6 +493,15 @@ class Guard:
         )
 
 
+def _rows(views: Sequence[_View]) -> dict[str, int]:
+    """Number the texts of all readings, each text once."""
+    rows: dict[str, int] = {}
+    for view in views:
+        for reading in view.readings:
+            rows.setdefault(reading.text, len(rows))
+    return rows
+
+
 def _added(request: ParsedRequest) -> dict[str, Any]:
     """The penalty of a flagged answer, unless the client set one of its own."""
     if any(request.raw.get(name) is not None for name in _PENALTIES):
@@ -465,15 +528,18 @@ def _in_order(spans: Sequence[Span], segments: Sequence[Segment]) -> Iterator[Sp
             yield Span(segment.path, start, end)
 
 
-def _coverage(view: _View, covered: FloatArray) -> float:
+def _coverage(view: _View, covered: Sequence[float]) -> float:
     """Share of the segments' characters that were scored; less if another reading was not."""
-    lengths = np.array(
-        [len(one.sources[0].segment.text) * (one.kind == "segment") for one in view.readings],
-        dtype=np.float64,
-    )
-    if not lengths.sum():
+    total = scored = 0.0
+    least = 1.0
+    for reading, share in zip(view.readings, covered, strict=True):
+        length = len(reading.sources[0].segment.text) if reading.kind == "segment" else 0
+        if length:
+            total += length
+            scored += share * length
+        else:
+            least = min(least, share)
+    if not total:
         return 1.0
     unread = sum(reading.unread for reading in view.readings)
-    share = float((covered * lengths).sum() / (lengths.sum() + unread))
-    others = covered[lengths == 0]
-    return min(share, float(others.min(initial=1.0)))
+    return min(scored / (total + unread), least)

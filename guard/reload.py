@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from guard.answers import AnswerGuard
 from guard.errors import (
@@ -14,10 +15,13 @@ from guard.errors import (
     EngineUnavailableError,
     GuardError,
 )
+from guard.memory import give_back
 from guard.pipeline import Guard, Inspection, Rewritten
 from guard.types import AdapterUse
 
 log = logging.getLogger(__name__)
+
+_NOT_CHECKED: Final = "the self-check of the engine has not passed yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class LiveGuard:
     ) -> None:
         self._load, self._current_version = load, current_version
         self._guard = load()
+        give_back()
         self._seen = self._guard.version
         self._closed = closed
         self.prepare: Callable[[Sequence[AdapterUse]], None] = lambda adapters: None
@@ -70,10 +75,19 @@ class LiveGuard:
         """Parse a request and decide on it; see `Guard.inspect`."""
         if self._closed:
             # Not a StageError: `on_error: pass` must not send requests to an engine unchecked.
-            raise EngineUnavailableError("the self-check of the engine has not passed yet")
+            raise EngineUnavailableError(_NOT_CHECKED)
         guard = self._guard
-        inspection = guard.inspect(endpoint, body)
-        return HeldInspection(inspection.request, inspection.decision, guard)
+        return _held(guard.inspect(endpoint, body), guard)
+
+    def begin(self, endpoint: str, body: bytes) -> HeldInspection | Callable[[], HeldInspection]:
+        """Do what of `inspect` takes little; see `Guard.begin`."""
+        if self._closed:
+            raise EngineUnavailableError(_NOT_CHECKED)
+        guard = self._guard
+        begun = guard.begin(endpoint, body)
+        if isinstance(begun, Inspection):
+            return _held(begun, guard)
+        return lambda: _held(begun(), guard)
 
     def rewrite(self, inspection: Inspection) -> Rewritten:
         """Rewrite a flagged request; see `Guard.rewrite`."""
@@ -127,6 +141,7 @@ class LiveGuard:
             self.prepare(guard.adapters)
         except (GuardError, OSError) as error:
             log.error("adapters that no target needs any more may still be loaded: %s", error)
+        give_back()
         return True
 
     def _follow(self, every_s: float) -> None:
@@ -135,3 +150,7 @@ class LiveGuard:
 
     def _guard_of(self, inspection: Inspection) -> Guard:
         return inspection.guard if isinstance(inspection, HeldInspection) else self._guard
+
+
+def _held(inspection: Inspection, guard: Guard) -> HeldInspection:
+    return HeldInspection(inspection.request, inspection.decision, guard)

@@ -13,13 +13,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
 from guard.errors import CannotCorruptError, RequestError
-from guard.fields import STEERING, stripped, why_denied
-from guard.schema import BODIES, TEMPLATE_ARGUMENTS, ChatBody, CompletionBody
+from guard.fields import FIELDS, STEERING, stripped, why_denied
+from guard.schema import BODIES, TEMPLATE_ARGUMENTS, ChatBody, CompletionBody, ImagePart
 from guard.segments import DetokeniseField, chat_segments, prompt_segments
 from guard.types import Segment
 
@@ -33,8 +33,12 @@ MAX_BRACKETS: Final = 200_000
 MAX_COMMAS: Final = 1_000_000
 
 Detokenise = Callable[[Sequence[int]], str]
+ImagePolicy = Literal["deny", "pass"]
 
+_REPLACES: Final = "it would replace what the guard has read"
+_DOCUMENTS: Final = FIELDS["/v1/chat/completions"]["documents"].why
 _TEXT_PARTS: Final = ("text", "refusal")
+_IMAGE: Final = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/]+={0,2}")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
@@ -76,6 +80,17 @@ class ParsedRequest:
             found = prompt_segments(self.content, _guarded(detokenise))
         return tuple(segment for segment in found if segment.text)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether a message holds an image, which embeddings can't carry."""
+        messages = self.content.messages if isinstance(self.content, ChatBody) else ()
+        return any(
+            isinstance(part, ImagePart)
+            for message in messages
+            if isinstance(message.content, list)
+            for part in message.content
+        )
+
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts of a completion request: one, or as many as the list holds."""
         if isinstance(self.content, ChatBody):
@@ -83,12 +98,13 @@ class ParsedRequest:
         return _prompt_list(self.content.prompt)
 
 
-def parse_request(endpoint: str, body: bytes) -> ParsedRequest:
+def parse_request(endpoint: str, body: bytes, images: ImagePolicy = "deny") -> ParsedRequest:
     """Decode and check a request body.
 
     Args:
         endpoint: One of `ENDPOINTS`.
         body: The client's bytes.
+        images: Whether a user's messages may hold images beside text.
 
     Raises:
         RequestError: If anything in it is malformed, undeclared or out of range.
@@ -98,7 +114,7 @@ def parse_request(endpoint: str, body: bytes) -> ParsedRequest:
         raise RequestError(f"no such endpoint: {endpoint[:100]}", status=404, code="not_found")
     raw = decode_body(body)
     if isinstance(raw.get("messages"), list):
-        _check_parts(raw["messages"])
+        _check_parts(raw["messages"], images)
     try:
         content: ChatBody | CompletionBody = msgspec.convert(raw, schema)
     except msgspec.ValidationError as error:
@@ -282,7 +298,7 @@ def _check_text(text: str) -> None:
 # --- Rules that types can't say -------------------------------------------------------------------
 
 
-def _check_parts(messages: list[Any]) -> None:
+def _check_parts(messages: list[Any], images: ImagePolicy) -> None:
     """Say clearly why content parts other than text are refused."""
     for index, message in enumerate(messages):
         parts = message.get("content") if isinstance(message, dict) else None
@@ -294,7 +310,9 @@ def _check_parts(messages: list[Any]) -> None:
                 code = "missing_required_parameter"
                 raise RequestError(f"field '{param}' is required", code=code, param=param)
             kind = part["type"]
-            if isinstance(kind, str) and kind not in _TEXT_PARTS:
+            if kind == "image_url" and images == "pass":
+                _check_image(message, part, param)
+            elif isinstance(kind, str) and kind not in _TEXT_PARTS:
                 raise RequestError(
                     f"content parts of type {_short(kind)} are not accepted: the guard reads text "
                     "and can't tell what other parts hold; send parts of type 'text'",
@@ -303,12 +321,28 @@ def _check_parts(messages: list[Any]) -> None:
                 )
 
 
+def _check_image(message: Mapping[str, Any], part: Mapping[str, Any], param: str) -> None:
+    """Refuse images of others than the user, and URLs that an engine would have to fetch."""
+    if message.get("role") != "user":
+        text = "images are accepted in the user's messages only"
+        raise RequestError(text, code="unsupported_content", param=param)
+    image = part.get("image_url")
+    url = image.get("url") if isinstance(image, dict) else None
+    if isinstance(url, str) and not _IMAGE.fullmatch(url):
+        raise RequestError(
+            "images are accepted as 'data:image/png;base64,...' only (or jpeg, gif, webp): the "
+            "engine fetches nothing that a request names",
+            code="unsupported_content",
+            param=f"{param.removesuffix('type')}image_url.url",
+        )
+
+
 def _check_rules(content: ChatBody | CompletionBody) -> None:
     if isinstance(content, ChatBody):
         for key in content.chat_template_kwargs or ():
             if key in TEMPLATE_ARGUMENTS:
                 param = f"chat_template_kwargs.{key}"
-                reason = "it would replace what the guard has read"
+                reason = _DOCUMENTS if key == "documents" else _REPLACES
                 raise _refused(param, f"{param} is not accepted: {reason}")
         return
     if content.echo:

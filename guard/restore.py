@@ -60,6 +60,15 @@ class NameRestorer:
         """Rewrite a text that is whole."""
         return self._run.sub(self._asked, text)
 
+    def continued(self, said: str, text: str) -> str:
+        """Rewrite a text that goes on where another ended, which was no name's beginning."""
+        lead = said[-1:]  # a letter decides whether a word begins after it
+        return self.restore(lead + text)[len(lead) :]
+
+    def is_open(self, text: str) -> bool:
+        """Say if the end of a text may be a name's beginning, or a name that may go on."""
+        return self._open.search(text) is not None
+
     def _release(self, text: str) -> str:
         if not text:
             return ""

@@ -42,6 +42,19 @@ class RefusalPart(_Strict, tag_field="type", tag="refusal"):
     refusal: str
 
 
+class ImageUrl(_Strict):
+    """An image itself, as a `data:` URL; `guard.request` refuses others."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(_Strict, tag_field="type", tag="image_url"):
+    """An image, which `guard.request` refuses but with the setting `images: pass`."""
+
+    image_url: ImageUrl
+
+
 class FunctionCall(_Strict):
     """Which function the assistant called, with arguments as JSON text."""
 
@@ -78,7 +91,7 @@ class DeveloperMessage(_Strict, tag_field="role", tag="developer"):
 class UserMessage(_Strict, tag_field="role", tag="user"):
     """What the user says."""
 
-    content: str | _Parts
+    content: str | Annotated[list[TextPart | ImagePart], Meta(min_length=1)]
     name: str | None = None
 
 

@@ -19,6 +19,7 @@ from guard.schema import (
     FunctionCall,
     Message,
     NamedToolChoice,
+    RefusalPart,
     SchemaFormat,
     TextPart,
     ToolMessage,
@@ -77,7 +78,7 @@ def _message(index: int, message: Message) -> Iterator[Segment]:
         place = f"{path}/content/{number}"
         if isinstance(part, TextPart):
             yield Segment(f"{place}/text", part.text, index)
-        else:
+        elif isinstance(part, RefusalPart):
             yield Segment(f"{place}/refusal", part.refusal, index)
     yield from _text(f"{path}/name", message.name)
     if isinstance(message, ToolMessage):

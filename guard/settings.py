@@ -10,10 +10,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -63,7 +70,8 @@ class Settings(BaseSettings):
         engine: `embedded` runs the model in this process; `vllm` asks one at `upstream`.
         upstream: Base URL of vLLM, e.g. `http://127.0.0.1:8001`; several, `a,b`, that serve one
             model share the requests.
-        upstream_api_key: Sent to it as a bearer token.
+        upstream_api_key: Sent to it as a bearer token; with `forward_authorization`, with the
+            guard's own questions alone.
         upstream_check_s: How often each of several upstreams is looked at.
         upstream_fall: Failures in a row after which one of them gets no more requests.
         upstream_rise: Good checks in a row after which it gets some again.
@@ -79,8 +87,11 @@ class Settings(BaseSettings):
         api_keys: Keys that clients must send, one of them; empty lets everyone in.
         api_keys_file: YAML file of hashed keys with limits of their own; followed as it changes.
         metrics_key: Bearer token for `/metrics`; without it only this machine may read them.
-        forward_authorization: Send the client's Authorization header to the engine.
+        forward_authorization: Send the client's Authorization header to the engine, which alone
+            decides who may ask; goes with no keys here.
         embeddings: `pass` serves `/v1/embeddings` for texts that are not flagged, `deny` for none.
+        images: `pass` sends images of the user's messages on, unread, beside texts that are not
+            flagged; `deny` refuses them.
         on_error: When the guard fails to decide: `refuse` answers 503, `pass` lets through.
         max_body_bytes: Longest request body.
         body_timeout_s: For a client to send its body.
@@ -146,6 +157,7 @@ class Settings(BaseSettings):
     metrics_key: SecretStr | None = None
     forward_authorization: bool = False
     embeddings: Literal["deny", "pass"] = "deny"
+    images: Literal["deny", "pass"] = "deny"
     on_error: Literal["refuse", "pass"] = "refuse"
     max_body_bytes: Annotated[int, Field(ge=1_000)] = 2_000_000
     body_timeout_s: Seconds = 60.0
@@ -199,6 +211,17 @@ class Settings(BaseSettings):
         if len(set(urls)) < len(urls):
             raise ValueError("one upstream is given twice")
         return ",".join(urls)
+
+    @model_validator(mode="after")
+    def _check_who_asks_for_keys(self) -> Self:
+        if self.forward_authorization and (self.api_keys or self.api_keys_file is not None):
+            # The one header can't carry a key of ours and one of the engine's.
+            raise ValueError(
+                "forward_authorization leaves authentication to the engine, and "
+                f"{'api_keys' if self.api_keys else 'api_keys_file'} asks for keys here, which "
+                "would be sent on: set one of the two (upstream_api_key is the engine's key)"
+            )
+        return self
 
     @property
     def upstreams(self) -> tuple[str, ...]:
@@ -309,6 +332,8 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     first = error.errors()[0]
+    if not first["loc"]:  # of several settings
+        return first["msg"].removeprefix("Value error, ")
     name = str(first["loc"][0])
     message = first["msg"].removeprefix("Value error, ")
     got = "" if _is_secret(name) else f" (got {str(first['input'])[:80]!r})"

@@ -15,6 +15,7 @@ from typing import Final, Literal, NamedTuple
 
 from guard.ciphers import solve
 from guard.decode import decode, decode_tags
+from guard.json_text import read_json
 from guard.normalise import normalise
 from guard.pieces import piece_together
 from guard.respell import respell
@@ -135,6 +136,16 @@ def readings(segments: Sequence[Segment], roles: Sequence[str] = ()) -> list[Rea
     return found
 
 
+def plain_readings(segments: Sequence[Segment]) -> list[Reading]:
+    """Return each segment as it stands, normalised, and no other reading."""
+    found: list[Reading] = []
+    for segment in segments:
+        normalised = normalise(segment.text)
+        source = Source(0, len(normalised.text), segment, normalised)
+        found.append(Reading("segment", Traced(normalised.text), (source,)))
+    return found
+
+
 # --- Alternatives ---------------------------------------------------------------------------------
 
 
@@ -167,6 +178,11 @@ def _solve(source: Traced) -> _Guess | None:
     return None if found is None else _Guess("decoded", found.traced, found.stretches)
 
 
+def _read_json(source: Traced) -> _Guess | None:
+    found = None if source.parent is not None else read_json(source)
+    return None if found is None else _Guess("decoded", found.traced, found.stretches)
+
+
 _Guesser = Callable[[Traced], _Guess | None]
 _Node = tuple[Traced, _Guesser | None]
 """A text and what made it."""
@@ -176,6 +192,7 @@ _GUESSERS: Final[tuple[_Guesser, ...]] = (
     _solve,
     _respell,
     _piece_together,
+    _read_json,
 )
 
 

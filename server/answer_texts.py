@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
@@ -22,6 +23,7 @@ class Piece:
         text: What it says.
         held: Reasoning, and what calls of tools say: texts that no engine can continue.
         last: True if it ends the choice.
+        came_at: When it came, by `time.perf_counter`.
     """
 
     choice: int
@@ -30,6 +32,7 @@ class Piece:
     text: str
     held: str
     last: bool
+    came_at: float = field(default_factory=time.perf_counter, compare=False)
 
 
 def pieces_of(body: dict[str, Any], event: bytes | None = None) -> Iterator[Piece]:

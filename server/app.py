@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from guard.errors import EngineError
 from guard.request import ENDPOINTS
@@ -24,6 +24,7 @@ from server.engines.base import Engine
 from server.errors import ApiError, ApiErrorRaised, log_failure, to_api_error
 from server.lifecycle import Lifecycle
 from server.limits import BearerKeys
+from server.openapi import OPENAPI, document
 from server.proxy import Completions, Proxy
 from server.types import GuardLike, Readiness, ServerOptions
 from server.upstream_metrics import UpstreamFigures
@@ -48,13 +49,14 @@ def create_app(
         engine: Answers them; started and closed with the application.
         options: Limits and policies.
         readiness: Says what `/ready` reports of bundle and self-check.
-        lifecycle: Says whether the server is about to end.
+        lifecycle: Says whether the server is about to end; the server's own.
         gather: Adds the other processes' metrics to this one's.
 
     Returns:
-        The ASGI application; `app.state.proxy` holds its shared parts.
+        The ASGI application; `app.state` holds its shared parts, `proxy` and `lifecycle`.
     """
-    proxy = Proxy(guard, engine, options or ServerOptions())
+    lifecycle = lifecycle or Lifecycle()
+    proxy = Proxy(guard, engine, options or ServerOptions(), lifecycle)
     figures = getattr(engine, "upstream_figures", None)
     if figures is not None:  # an engine that is several
         proxy.metrics.registry.register(UpstreamFigures(figures))
@@ -69,23 +71,43 @@ def create_app(
             await asyncio.to_thread(proxy.observer.close)
             await engine.close()
 
-    operator = _Operator(proxy, readiness, lifecycle or Lifecycle(), gather)
+    operator = _Operator(proxy, readiness, lifecycle, gather)
     routes = [
         *(Route(path, Completions(path, proxy), methods=["POST"]) for path in ENDPOINTS),
         *translated_routes(proxy),
         Route("/v1/models", _safe(operator.models), methods=["GET"]),
+        Route(OPENAPI, _safe(operator.openapi), methods=["GET"]),
         Route("/health", _safe(operator.health), methods=["GET"]),
         Route("/ready", _safe(operator.ready), methods=["GET"]),
         Route("/metrics", _safe(operator.metrics), methods=["GET"]),
     ]
-    app = Starlette(
+    app = _Application(
         routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error}
     )
+    app.direct = {path: Completions(path, proxy) for path in ENDPOINTS}
     app.router.redirect_slashes = False
-    small = ("/v1/models", "/health", "/ready", "/metrics")
+    small = ("/v1/models", OPENAPI, "/health", "/ready", "/metrics")
     app.add_middleware(RouteLog, named=(*small, *ENDPOINTS), quiet=ENDPOINTS)
-    app.state.proxy = proxy
+    app.state.proxy, app.state.lifecycle = proxy, lifecycle
     return app
+
+
+class _Application(Starlette):
+    """Starlette, but for the two routes that nearly all requests take: they answer by themselves.
+
+    Attributes:
+        direct: What answers a POST of exactly that path, and raises nothing.
+    """
+
+    direct: Mapping[str, Completions] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            endpoint = self.direct.get(scope["path"])
+            if endpoint is not None:
+                await endpoint(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
 class _Operator:
@@ -108,6 +130,10 @@ class _Operator:
         entry = {"object": "model", "created": self._created, "owned_by": "unlearn-guard"}
         names = await self._proxy.models.get()
         return _json({"object": "list", "data": [{"id": name, **entry} for name in names]})
+
+    async def openapi(self, request: Request) -> Response:
+        self._proxy.keys.check(request.scope)
+        return Response(document(self._proxy.options), media_type="application/json")
 
     async def health(self, request: Request) -> Response:
         return _json({"status": "alive"})

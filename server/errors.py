@@ -92,6 +92,12 @@ def overloaded() -> ApiError:
     return ApiError(503, message, "server_error", "overloaded", retry_after_s=1)
 
 
+def server_ends() -> ApiError:
+    """Return the error for a request that was in work when the server had to end."""
+    message = "the server ends and could not finish the answer; ask again"
+    return ApiError(503, message, "server_error", "shutting_down", retry_after_s=1)
+
+
 def guard_failed() -> ApiError:
     """Return the error for a guard that could not decide, rewrite or record.
 

@@ -19,8 +19,8 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -175,23 +175,27 @@ class KeyRing:
         entry = self._find(scope) if self else None
         return Caller() if entry is None else Caller(entry.name, entry.max_body_bytes)
 
-    @asynccontextmanager
-    async def admit(self, scope: Scope) -> AsyncIterator[Caller]:
+    def admit(self, scope: Scope) -> AbstractAsyncContextManager[Caller]:
         """Count a request for as long as it is in work.
 
         Raises:
-            ApiErrorRaised: 401 without a key; 429 with `retry-after` beyond the key's limits.
+            ApiErrorRaised: 401 without a key; 429 with `retry-after` beyond the key's limits. On
+                entering.
         """
+        return _Admission(self, scope)
+
+    async def begin(self, scope: Scope) -> tuple[KeyEntry | None, Caller]:
+        """Let a request in; whoever gets an entry gives it back to `end`."""
         entry = self._find(scope) if self else None
         if entry is None:
-            yield Caller()
-            return
+            return None, Caller()
         self._begin(entry)
         try:
             await self._spend(entry)
-            yield Caller(entry.name, entry.max_body_bytes)
-        finally:
-            self._end(entry)
+        except BaseException:
+            self.end(entry)
+            raise
+        return entry, Caller(entry.name, entry.max_body_bytes)
 
     def _begin(self, entry: KeyEntry) -> None:
         count = self._in_work.get(entry.name, 0)
@@ -200,7 +204,8 @@ class KeyRing:
             raise ApiErrorRaised(_too_many(what, retry_after_s=1))
         self._in_work[entry.name] = count + 1
 
-    def _end(self, entry: KeyEntry) -> None:
+    def end(self, entry: KeyEntry) -> None:
+        """Count a request no longer."""
         left = self._in_work.pop(entry.name) - 1
         if left:
             self._in_work[entry.name] = left
@@ -235,17 +240,24 @@ class KeyRing:
     def _match(self, token: str) -> KeyEntry | None:
         # What is looked up is keyed with a secret of this process, so the time of the look-up
         # tells nothing of how near a guess is, whatever the number of keys.
+        tag = self._tag(token)
+        known = self._met.get(tag)
+        if known is not None:
+            return known
         given = hash_key(token)
         entry = self._by_tag.get(self._tag(given))
-        found = entry is not None and hmac.compare_digest(given, entry.sha256)
-        return entry if found else None
+        if entry is None or not hmac.compare_digest(given, entry.sha256):
+            return None
+        self._met[tag] = entry
+        return entry
 
-    def _tag(self, digest: str) -> bytes:
-        return hmac.digest(self._secret, digest.encode(), "sha256")
+    def _tag(self, word: str) -> bytes:
+        return hmac.digest(self._secret, word.encode(), "sha256")
 
     def _take(self, listed: tuple[KeyEntry, ...]) -> None:
         entries = (*self._plain, *listed)
         self._by_tag = {self._tag(entry.sha256): entry for entry in entries}
+        self._met: dict[bytes, KeyEntry] = {}  # by the tag of a key itself: one hash instead of two
         names = {entry.name for entry in entries}
         self._rates = {name: rate for name, rate in self._rates.items() if name in names}
 
@@ -265,6 +277,24 @@ class KeyRing:
             log.error("the API keys stay as they were: %s", error)
         else:
             log.warning("the API keys were read again: %d are listed", len(self._by_tag))
+
+
+class _Admission(AbstractAsyncContextManager[Caller]):
+    """A request in work; a class, because a generator takes thrice as long."""
+
+    __slots__ = ("_entry", "_ring", "_scope")
+
+    def __init__(self, ring: KeyRing, scope: Scope) -> None:
+        self._ring, self._scope = ring, scope
+        self._entry: KeyEntry | None = None
+
+    async def __aenter__(self) -> Caller:
+        self._entry, caller = await self._ring.begin(self._scope)
+        return caller
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._entry is not None:
+            self._ring.end(self._entry)
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:

@@ -1,8 +1,18 @@
-"""How a server ends: first it says so while it answers as ever, then it takes no more."""
+"""How a server ends: first it says so while it answers as ever, then it takes no more.
+
+Answers in work have their time to end; those that still run are then cut, and their clients told.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 class Lifecycle:
@@ -10,11 +20,16 @@ class Lifecycle:
 
     Args:
         drain_s: How long it goes on taking requests once it has said that it ends.
+
+    Attributes:
+        is_cut: Whether answers in work were cancelled because their time was over.
     """
 
     def __init__(self, drain_s: float = 0.0) -> None:
         self.drain_s = drain_s
+        self.is_cut = False
         self._until: float | None = None
+        self._in_work: set[asyncio.Task[Any]] = set()
 
     @property
     def draining(self) -> bool:
@@ -32,3 +47,22 @@ class Lifecycle:
             self._until = time.monotonic()
         else:
             self._until = time.monotonic() + self.drain_s
+
+    @contextmanager
+    def in_work(self) -> Iterator[None]:
+        """Let the running task be cancelled by `cut`."""
+        task = asyncio.current_task()
+        assert task is not None  # called in a coroutine
+        self._in_work.add(task)
+        try:
+            yield
+        finally:
+            self._in_work.discard(task)
+
+    def cut(self) -> None:
+        """Cancel what is in work; call in the event loop."""
+        self.is_cut = True
+        if self._in_work:
+            log.warning("%d requests are cut: shutdown_timeout_s is over", len(self._in_work))
+        for task in tuple(self._in_work):
+            task.cancel()

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from guard.types import Decision
+from server.histograms import Histogram
 
 _PREFIX = "unlearn_guard"
 _SECONDS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1, 2.5, 5, 10, 30, 60, 300),
 )
+_TOKENS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
 _SHARES = (0.5, 0.9, 0.99, 0.999, 0.9999, 1.0)
 
 
@@ -26,18 +28,20 @@ class Metrics:
 
     Args:
         waiting: Returns how many requests wait for a worker.
+        in_flight: Returns how many requests are in work.
     """
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, waiting: Callable[[], int]) -> None:
+    def __init__(
+        self, waiting: Callable[[], int], in_flight: Callable[[], int] = lambda: 0
+    ) -> None:
         self.registry = CollectorRegistry()
         self._make_counters()
         self._make_histograms()
-        self.in_flight = Gauge(f"{_PREFIX}_in_flight", "Requests in work.", registry=self.registry)
-        Gauge(
-            f"{_PREFIX}_waiting", "Requests that wait for a worker.", registry=self.registry
-        ).set_function(lambda: float(waiting()))
+        self._gauge("in_flight", "Requests in work.", in_flight)
+        self._gauge("waiting", "Requests that wait for a worker.", waiting)
+        self._answered: dict[tuple[str, str, int], Counter] = {}
         self._target_names: Callable[[], Collection[str]] | None = None
         self._target_series: set[tuple[str, str]] = set()
 
@@ -87,6 +91,12 @@ class Metrics:
         self.hold_back_seconds = self._histogram(
             "hold_back_seconds", "Time a piece of an answer was held back to be checked."
         )
+        self.hold_back_tokens = Histogram(
+            f"{_PREFIX}_hold_back_tokens",
+            "Events of a stream that were held back when some of them left.",
+            buckets=_TOKENS,
+            registry=self.registry,
+        )
         self.request_seconds = self._histogram("request_seconds", "Time of a whole request.")
         self.coverage = Histogram(
             f"{_PREFIX}_coverage",
@@ -125,14 +135,6 @@ class Metrics:
         """
         self.registry.register(_AdapterCounts(counts))
 
-    def follow_upstreams(self, figures: Callable[[], Mapping[str, Mapping[str, int]]]) -> None:
-        """Report what an engine says of its replicas, read whenever metrics are.
-
-        Args:
-            figures: Returns, by replica, numbers by what they count.
-        """
-        self.registry.register(_UpstreamFigures(figures))
-
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         self._forget_removed()
@@ -146,6 +148,19 @@ class Metrics:
         for series in [series for series in self._target_series if series[0] not in known]:
             self.target_decisions.remove(*series)
             self._target_series.discard(series)
+
+    def answered(self, endpoint: str, route: str, status: int) -> None:
+        """Count a request by what became of it."""
+        series = (endpoint, route, status)
+        known = self._answered.get(series)
+        if known is None:
+            known = self.requests.labels(endpoint, route, str(status))
+            self._answered[series] = known
+        known.inc()
+
+    def _gauge(self, name: str, text: str, value: Callable[[], int]) -> None:
+        gauge = Gauge(f"{_PREFIX}_{name}", text, registry=self.registry)
+        gauge.set_function(lambda: float(value()))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}_{name}", text, labels, registry=self.registry)
@@ -170,24 +185,4 @@ class _AdapterCounts(Collector):
         )
         for name, value in self._counts().items():
             metric.add_metric([name], float(value))
-        yield metric
-
-
-class _UpstreamFigures(Collector):
-    """What is known of each replica of the engine, as Prometheus takes it."""
-
-    def __init__(self, figures: Callable[[], Mapping[str, Mapping[str, int]]]) -> None:
-        self._figures = figures
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield one metric, labelled by replica and by what was counted."""
-        metric = GaugeMetricFamily(
-            "unlearn_guard_upstreams",
-            "Replicas of the engine: healthy (1) or not (0), outstanding requests; since the start "
-            "failures, ejections, and requests retried.",
-            labels=["upstream", "what"],
-        )
-        for label, figures in self._figures().items():
-            for name, value in figures.items():
-                metric.add_metric([label, name], float(value))
         yield metric

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from starlette.types import Message, Scope
 
 from guard.types import Decision
 from server.access_log import log_request, request_id
+from server.answer_texts import Piece
 from server.limits import header
 from server.metrics import Metrics
 from server.protocol import ACCEPTED_AT, RECEIVED_AT
-from server.tracing import Tracing
+from server.tracing import RequestTrace, Tracing
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,8 +24,7 @@ R = TypeVar("R")
 Stage = Literal["body", "decide", "rewrite", "upstream"]
 """`upstream` lasts until the engine's answer begins; one request may have several."""
 CheckOutcome = Literal["clean", "suspected", "hit"]
-RemakeOutcome = Literal["again", "ended"]
-"""`ended`: no further attempt was left."""
+"""Of a check of a part of an answer: nothing at a first look, nothing when read whole, a target."""
 
 
 class Observer:
@@ -86,13 +87,19 @@ class Observation:
             if accepted is not None:
                 self._metrics.connection_wait_seconds.observe(received - accepted)
 
-    @contextmanager
-    def stage(self, name: Stage) -> Iterator[None]:
+    def stage(self, name: Stage) -> AbstractContextManager[None]:
         """Time and trace a part of the work; one that fails is traced only."""
-        begun = time.perf_counter()
-        with nullcontext() if self._trace is None else self._trace.part(name):
+        if self._trace is None:
+            return _Timed(self, name)
+        return self._traced(name, self._trace)
+
+    @contextmanager
+    def _traced(self, name: Stage, trace: RequestTrace) -> Iterator[None]:
+        with _Timed(self, name), trace.part(name):
             yield
-        seconds = time.perf_counter() - begun
+
+    def took(self, name: Stage, seconds: float) -> None:
+        """Take note of how long a part of the work took."""
         self._took[name] = self._took.get(name, 0.0) + seconds
         self._observer.stages[name].observe(seconds)
 
@@ -129,13 +136,19 @@ class Observation:
         """Count a check of a piece of the answer."""
         self._metrics.answer_checks.labels(outcome).inc()
 
-    def remade(self, outcome: RemakeOutcome) -> None:
-        """Count an answer that touched a target, by what became of it."""
-        self._metrics.remakes.labels(outcome).inc()
+    def released(self, gone: Sequence[Piece], held: int) -> None:
+        """Take note that pieces of a stream leave.
 
-    def held_back(self, seconds: float) -> None:
-        """Take note of how long a piece of the answer waited to be checked."""
-        self._metrics.hold_back_seconds.observe(seconds)
+        Args:
+            gone: Those that leave.
+            held: How many were held back until now, these among them.
+        """
+        if not gone:
+            return
+        now = time.perf_counter()
+        for piece in gone:
+            self._metrics.hold_back_seconds.observe(now - piece.came_at)
+        self._metrics.hold_back_tokens.observe(held)
 
     def sent(self, message: Message) -> None:
         """Take note of a message to the client, before it is sent."""
@@ -154,7 +167,7 @@ class Observation:
         if self._trace is not None:
             self._trace.end(status, self.key)
         self._metrics.request_seconds.observe(total)
-        self._metrics.requests.labels(self._endpoint, self.route, str(status)).inc()
+        self._metrics.answered(self._endpoint, self.route, status)
         log_request(self._line(status))
 
     def _line(self, status: int) -> dict[str, Any]:
@@ -171,3 +184,24 @@ class Observation:
         if self._trace is not None:
             line["trace_id"] = self._trace.trace_id
         return line | {f"{name}_ms": round(1000 * took, 3) for name, took in self._took.items()}
+
+
+class _Timed:
+    """Times a part of a request's work; a class, because a generator takes thrice as long."""
+
+    __slots__ = ("_begun", "_name", "_observation")
+
+    def __init__(self, observation: Observation, name: Stage) -> None:
+        self._observation, self._name, self._begun = observation, name, 0.0
+
+    def __enter__(self) -> None:
+        self._begun = time.perf_counter()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._observation.took(self._name, time.perf_counter() - self._begun)

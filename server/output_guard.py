@@ -1,5 +1,8 @@
 """Reads answers before they leave, whole or streamed (DESIGN section 3, step 7).
 
+An answer is read as the engine gave it and as it leaves, with the asked names put back; it is
+counted, cut and continued in the engine's text alone.
+
 A stream is held back by a few tokens. What leaves was read together with what follows it. An answer
 that touches a target is asked for again as a continuation of what has left (`guard.answers`), twice
 at most; then it ends as if the model had stopped. Reasoning and calls of tools, which no engine can
@@ -10,6 +13,7 @@ continuation get the identity of the answer that they continue.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
@@ -19,15 +23,24 @@ import msgspec
 from guard.answers import WINDOW, AnswerGuard, Said
 from guard.errors import CannotCorruptError, EngineError
 from guard.pipeline import Rewritten
+from guard.restore import NameRestorer
 from guard.rewrite import StandIn
 from guard.types import TextHit
 from server.answer_texts import Piece, end_choice, join_logprobs, pieces_of, read_choice
 from server.engines.base import EngineResponse
+from server.light import is_light
+from server.observe import CheckOutcome, Observation
 
 T = TypeVar("T")
 
 ATTEMPTS: Final = 2
 """Times that an answer is asked for again before it ends."""
+
+_NAME_EVENTS: Final = 16
+"""Events that are held back beyond the hold-back so that no name is cut in two."""
+
+_NAME_CHARS: Final = 200
+"""Longest part of a text that is looked at for the beginning of a name."""
 
 _END: Final = b"\n\n"
 _DONE: Final = b"data: [DONE]"
@@ -60,6 +73,7 @@ class OutputGuard:
         read_timeout_s: For a whole answer to come.
         wants_usage: Whether a stream is to end with its usage, which only its end tells.
         stand_ins: Names to be put back into the answer after the check; grows with continuations.
+        observation: Takes note of checks and of what is held back.
     """
 
     answers: AnswerGuard
@@ -68,6 +82,9 @@ class OutputGuard:
     read_timeout_s: float = 600.0
     wants_usage: bool = False
     stand_ins: list[StandIn] = field(default_factory=list)
+    observation: Observation | None = None
+    _restorer: NameRestorer = field(default_factory=lambda: NameRestorer(()))
+    _known: int = 0
 
     async def checked(self, response: EngineResponse) -> EngineResponse:
         """Return a 2xx answer that touches no target but in what the request says itself."""
@@ -95,11 +112,41 @@ class OutputGuard:
         finally:
             await response.aclose()
 
-    async def touched(self, text: str) -> tuple[TextHit, ...]:
-        """Read a text of an answer."""
+    async def touched(self, text: str, leaving: str) -> tuple[TextHit, ...]:
+        """Read a text of an answer, as the engine gave it and as it leaves."""
         if not text:
             return ()
-        return await self.around.work(self.answers.touched, text)
+        forms = (text,) if leaving == text else (text, leaving)
+        if all(is_light(form.encode("utf-8", "replace")) for form in forms) and self._is_untouched(
+            forms
+        ):
+            self._checked("clean")
+            return ()
+        hits = await self.around.work(self.answers.touched, *forms)
+        self._checked("hit" if hits else "suspected")
+        return hits
+
+    def _checked(self, outcome: CheckOutcome) -> None:
+        if self.observation is not None:
+            self.observation.checked(outcome)
+
+    def _is_untouched(self, forms: Sequence[str]) -> bool:
+        """Say if that is plain without a thread, which costs more than most checks."""
+        untouched: Callable[..., bool] | None = getattr(self.answers, "untouched", None)
+        return untouched is not None and untouched(*forms)
+
+    def leaving(self, text: str, said: str = "") -> str:
+        """Return a text as it leaves, after what was said before it."""
+        return self._names().continued(said, text) if self.stand_ins else text
+
+    def is_open(self, text: str) -> bool:
+        """Say if a text ends in what may be a part of a name that is put back."""
+        return bool(self.stand_ins) and self._names().is_open(text[-_NAME_CHARS:])
+
+    def _names(self) -> NameRestorer:
+        if self._known != len(self.stand_ins):
+            self._known, self._restorer = len(self.stand_ins), NameRestorer(self.stand_ins)
+        return self._restorer
 
     async def again(self, hits: Sequence[TextHit], said: Said) -> EngineResponse | None:
         """Ask for the rest of an answer; None if it can only end here."""
@@ -126,33 +173,50 @@ class _Whole:
 
     def __init__(self, guard: OutputGuard) -> None:
         self._guard = guard
+        self._attempts: Counter[int] = Counter()
 
     async def checked(self, body: bytes) -> bytes:
         """Return the answer as it may leave; its own bytes if nothing was touched."""
         answer = _decoded(body)
-        choices = answer.get("choices") or []
-        changed = [await self._choice(answer, place) for place in range(len(choices))]
-        return msgspec.json.encode(answer) if any(changed) else body
+        places = range(len(answer.get("choices") or []))
+        changed, names = False, -1
+        # All names are put back in all choices: those that a choice brings are read in the others.
+        while names != len(self._guard.stand_ins):
+            names = len(self._guard.stand_ins)
+            for place in places:
+                changed |= await self._choice(answer, place)
+        return msgspec.json.encode(answer) if changed else body
 
     async def _choice(self, answer: dict[str, Any], place: int) -> bool:
-        guard, changed = self._guard, False
-        for attempt in range(1, ATTEMPTS + 2):
-            choice = answer["choices"][place]
-            text, held = read_choice(choice)
-            hits = await guard.touched(held) or await guard.touched(text)
-            if not hits:
-                return changed
+        changed = False
+        while hits := await self._hits(answer["choices"][place]):
             changed = True
-            clean = "" if held else await guard.around.work(guard.answers.clean_part, text)
-            kept = await guard.around.work(guard.answers.count, clean)
-            said = Said(choice.get("index", place), clean, kept, attempt)
-            response = await guard.again(hits, said)
-            if response is None:
-                end_choice(choice, clean)
-                await self._count(answer, text, kept, 0)
-                return True
-            await self._continue(answer, place, response, said, text)
+            self._attempts[place] += 1
+            if not await self._again(answer, place, hits):
+                break
         return changed
+
+    async def _hits(self, choice: dict[str, Any]) -> tuple[TextHit, ...]:
+        guard = self._guard
+        text, held = read_choice(choice)
+        found = await guard.touched(held, guard.leaving(held))
+        return found or await guard.touched(text, guard.leaving(text))
+
+    async def _again(self, answer: dict[str, Any], place: int, hits: tuple[TextHit, ...]) -> bool:
+        """Ask for the rest of a choice, and say True; or end it."""
+        guard, choice = self._guard, answer["choices"][place]
+        text, held = read_choice(choice)
+        names = tuple(guard.stand_ins)
+        clean = "" if held else await guard.around.work(guard.answers.clean_part, text, names)
+        kept = await guard.around.work(guard.answers.count, clean)
+        said = Said(choice.get("index", place), clean, kept, self._attempts[place])
+        response = await guard.again(hits, said)
+        if response is None:
+            end_choice(choice, clean)
+            await self._count(answer, text, kept, 0)
+            return False
+        await self._continue(answer, place, response, said, text)
+        return True
 
     async def _continue(
         self, answer: dict[str, Any], place: int, response: EngineResponse, said: Said, text: str
@@ -190,7 +254,8 @@ class _Choice:
     """One of a stream's answers.
 
     Attributes:
-        said: Text that has left.
+        said: Text that has left, as the engine gave it.
+        left: The end of it, as it left.
         tokens: Events that have left and said something or ended it.
         before: How many of them had when the answer was asked for again.
         queue: What is held back, in order.
@@ -201,6 +266,7 @@ class _Choice:
     """
 
     said: str = ""
+    left: str = ""
     tokens: int = 0
     before: int = 0
     queue: list[Piece] = field(default_factory=list)
@@ -245,8 +311,8 @@ class _Stream:
             if body is not None and body.get("choices"):
                 self._head = self._head or {k: body.get(k) for k in ("id", "created", "model")}
                 for piece in pieces_of(body, event):
-                    for out in await self._take(piece):
-                        yield out
+                    if out := b"".join(await self._take(piece)):
+                        yield out  # in one piece: each takes a system call
                 if self._is_waste():
                     return
             elif event == _DONE or (body is not None and "usage" in body):
@@ -254,7 +320,7 @@ class _Stream:
             else:
                 yield event + _END
         for choice in self._choices.values():
-            for out in await self._flush(choice):
+            if out := b"".join(await self._flush(choice)):
                 yield out
 
     def _is_waste(self) -> bool:
@@ -271,7 +337,7 @@ class _Stream:
             return []
         choice.queue.append(piece)
         if not (piece.text or piece.held or piece.last):
-            return self._release(choice, 0) if len(choice.queue) == 1 else []
+            return self._release(choice, 1) if len(choice.queue) == 1 else []
         if piece.last:
             out = await self._flush(choice)
             choice.ended = not choice.hits
@@ -281,31 +347,52 @@ class _Stream:
             return []
         if await self._touches(choice):
             return []
-        return self._release(choice, self._guard.hold_back // 2)
+        return self._release(choice, self._cut(choice))
 
     async def _flush(self, choice: _Choice) -> list[bytes]:
         """Read and release all that is held back."""
         if not choice.queue or choice.hits or await self._touches(choice):
             return []
-        return self._release(choice, 0)
+        return self._release(choice, len(choice.queue))
 
     async def _touches(self, choice: _Choice) -> bool:
         """Read what is held back, with what was said before it; drop it if it touches a target."""
         held = "".join(piece.held for piece in choice.queue)
         text = "".join(piece.text for piece in choice.queue)
-        choice.hits = await self._guard.touched(held) if held else ()
+        guard = self._guard
+        choice.hits = await guard.touched(held, guard.leaving(held))
         if not choice.hits and text:
-            choice.hits = await self._guard.touched(choice.said[-WINDOW:] + text)
+            leaving = choice.left[-WINDOW:] + guard.leaving(text, choice.said)
+            choice.hits = await guard.touched(choice.said[-WINDOW:] + text, leaving)
         if choice.hits:
             choice.queue.clear()
         return bool(choice.hits)
 
-    def _release(self, choice: _Choice, keep: int) -> list[bytes]:
-        """Let events go, oldest first, but for the last few; none of what is held whole stays."""
-        after = next((n for n, one in enumerate(reversed(choice.queue)) if one.held), keep)
-        count = len(choice.queue) - min(keep, after)
+    def _cut(self, choice: _Choice) -> int:
+        """Return how many events may go: all but the last few; none of what is held whole stays.
+
+        No name that is put back is cut in two: what left would be a part of it, and a continuation
+        would be asked to go on from there.
+        """
+        size = len(choice.queue)
+        after = next((n for n, one in enumerate(reversed(choice.queue)) if one.held), size)
+        most = size - min(self._guard.hold_back // 2, after)
+        if size > self._guard.hold_back + _NAME_EVENTS:
+            return most
+        for count in range(most, size - after - 1, -1):
+            text = "".join(piece.text for piece in choice.queue[:count])
+            if not self._guard.is_open(choice.said[-_NAME_CHARS:] + text):
+                return count
+        return most
+
+    def _release(self, choice: _Choice, count: int) -> list[bytes]:
+        """Let events go, oldest first."""
         gone, choice.queue = choice.queue[:count], choice.queue[count:]
-        choice.said += "".join(piece.text for piece in gone)
+        if (observation := self._guard.observation) is not None:
+            observation.released(gone, len(gone) + len(choice.queue))
+        text = "".join(piece.text for piece in gone)
+        choice.left = (choice.left + self._guard.leaving(text, choice.said))[-WINDOW:]
+        choice.said += text
         choice.tokens += sum(bool(piece.text or piece.held or piece.last) for piece in gone)
         return [piece.event + _END for piece in gone]
 
@@ -331,12 +418,12 @@ class _Stream:
             if body is None or not body.get("choices"):
                 continue
             for piece in pieces_of(self._adopted(body, number, choice)):
-                if piece.text or piece.held or piece.last:  # the answer has been open for long
-                    for out in await self._take(piece):
-                        yield out
+                says = piece.text or piece.held or piece.last  # the answer has been open for long
+                if says and (out := b"".join(await self._take(piece))):
+                    yield out
             if choice.hits:
                 return
-        for out in await self._flush(choice):
+        if out := b"".join(await self._flush(choice)):
             yield out
 
     def _adopted(self, body: dict[str, Any], number: int, choice: _Choice) -> dict[str, Any]:

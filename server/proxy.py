@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from starlette.types import Message, Receive, Scope, Send
 
 from guard.errors import EngineError, StageError
-from guard.request import parse_request
+from guard.request import ParsedRequest, parse_request
 from guard.rewrite import StandIn
 from guard.types import AdapterUse, Route, TextHit
 from server.engines.base import Engine, EngineResponse
@@ -23,9 +25,12 @@ from server.errors import (
     log_failure,
     overloaded,
     send_error,
+    server_ends,
     to_api_error,
 )
 from server.keys import KeyRing
+from server.lifecycle import Lifecycle
+from server.light import is_light
 from server.limits import (
     Workers,
     check_content_type,
@@ -36,6 +41,7 @@ from server.limits import (
 from server.metrics import Metrics
 from server.observe import Observation, Observer
 from server.output_guard import ATTEMPTS, OutputGuard
+from server.protocol import WATCHERS
 from server.restoring import restored
 from server.streaming import relay, relay_refusal, until_gone
 from server.tracing import open_tracing
@@ -89,17 +95,25 @@ class Proxy:
         guard: Decides and rewrites.
         engine: Answers.
         options: Limits and policies.
+        lifecycle: Says when answers in work are to be cut.
     """
 
-    def __init__(self, guard: GuardLike, engine: Engine, options: ServerOptions) -> None:
+    def __init__(
+        self,
+        guard: GuardLike,
+        engine: Engine,
+        options: ServerOptions,
+        lifecycle: Lifecycle | None = None,
+    ) -> None:
         self.guard, self.engine, self.options = guard, engine, options
+        self.lifecycle = lifecycle or Lifecycle()
         self.keys = KeyRing(options.api_keys, options.api_keys_file)
-        self.workers = Workers(options.workers, options.max_waiting)
+        self.workers = Workers(options.workers, options.max_waiting, yielding=True)
         # The ledger must not wait behind decisions: its lateness would mark flagged requests.
         self.recorder = Workers(1, options.max_in_flight, "ledger")
         # Running answers must not wait behind new requests.
-        self.checkers = Workers(options.workers, options.max_in_flight, "answers")
-        self.metrics = Metrics(lambda: self.workers.waiting)
+        self.checkers = Workers(options.workers, options.max_in_flight, "answers", yielding=True)
+        self.metrics = Metrics(lambda: self.workers.waiting, lambda: self.in_flight)
         self.observer = Observer(self.metrics, open_tracing(options.otlp_endpoint))
         counts = getattr(engine, "adapter_figures", None)
         if counts is not None:  # an engine that has a limited number of places for them
@@ -127,12 +141,10 @@ class Completions:
         exchange = _Exchange(self._endpoint, proxy, observation, scope, receive, send)
         status = _CLIENT_LEFT
         proxy.in_flight += 1
-        proxy.metrics.in_flight.inc()
         try:
             status = await exchange.run()
         finally:
             proxy.in_flight -= 1
-            proxy.metrics.in_flight.dec()
             observation.done(status)
 
 
@@ -195,14 +207,33 @@ class _Exchange:
         if self.proxy.in_flight > options.max_in_flight:
             raise ApiErrorRaised(overloaded())
         check_content_type(self.scope)
-        with self.observation.stage("body"):
+        with self._cuttable(), self.observation.stage("body"):
             body = await read_body(self.scope, self.receive, max_body_bytes, options.body_timeout_s)
         self.observation.bytes_in = len(body)
-        return await until_gone(self.receive, self._guarded(body), lambda: self._finished)
+        watchers = (self.scope.get("state") or {}).get(WATCHERS)
+        work = self._in_work(body)
+        return await until_gone(self.receive, work, lambda: self._finished, watchers)
+
+    async def _in_work(self, body: bytes) -> int:
+        with self._cuttable():
+            return await self._guarded(body)
+
+    @contextmanager
+    def _cuttable(self) -> Iterator[None]:
+        """Let the end of the server be told instead of an answer."""
+        lifecycle = self.proxy.lifecycle
+        try:
+            with lifecycle.in_work():
+                yield
+        except asyncio.CancelledError:
+            if lifecycle.is_cut:
+                raise ApiErrorRaised(server_ends()) from None
+            raise
 
     async def _guarded(self, body: bytes) -> int:
         inspection = await self._inspect(body)
-        model = inspection.request.model if inspection else parse_request(self.endpoint, body).model
+        parsed = inspection.request if inspection else self._parsed(body)
+        model = parsed.model
         if model not in await self.proxy.models.get():
             raise ApiErrorRaised(
                 ApiError(
@@ -213,16 +244,17 @@ class _Exchange:
                 )
             )
         if inspection is None:
-            return await self._relay(await self.post(parse_request(self.endpoint, body).body))
+            return await self._relay(await self.post(parsed.body))
         return await self._decided(inspection, inspection.request.body)
+
+    def _parsed(self, body: bytes) -> ParsedRequest:
+        return parse_request(self.endpoint, body, self.options.images)
 
     async def _inspect(self, body: bytes) -> Inspection | None:
         """Decide; None if that failed and the operator wants such requests passed."""
-        inspect = self.observation.detecting(self.proxy.guard.inspect)
         try:
             with self.observation.stage("decide"):
-                async with asyncio.timeout(self.options.decide_timeout_s):
-                    inspection = await self.proxy.workers.run(inspect, self.endpoint, body)
+                inspection = await self._inspection(body)
         except (StageError, TimeoutError) as error:
             log_failure("the guard failed to decide", error)
             self.proxy.metrics.failures.labels("guard").inc()
@@ -233,6 +265,23 @@ class _Exchange:
         self.route = _route(inspection)
         self.observation.decided(inspection.decision, self.route)
         return inspection
+
+    async def _inspection(self, body: bytes) -> Inspection:
+        """Decide here if that is quick, as it mostly is; else in a thread, which costs more."""
+        guard, observed = self.proxy.guard, self.observation.detecting
+        begin = getattr(guard, "begin", None)
+        if begin is not None and is_light(body):
+            asked = time.perf_counter()
+            begun: Inspection | Callable[[], Inspection] = begin(self.endpoint, body)
+            if not callable(begun):
+                self.proxy.metrics.worker_wait_seconds.observe(0.0)
+                self.proxy.metrics.detect_seconds.observe(time.perf_counter() - asked)
+                return begun
+            work = observed(begun)
+        else:
+            work = observed(partial(guard.inspect, self.endpoint, body))
+        async with asyncio.timeout(self.options.decide_timeout_s):
+            return await self.proxy.workers.run(work)
 
     async def _decided(self, inspection: Inspection, body: bytes) -> int:
         """Act on a decision. The ledger is written while the engine works, not before."""
@@ -289,8 +338,11 @@ class _Exchange:
                 options.idle_timeout_s,
                 _wants_usage(inspection.request.raw),
                 names,
+                self.observation,
             )
             response = await guard.checked(response)
+        elif not names:
+            return response
         async with asyncio.timeout(options.idle_timeout_s):
             return await restored(response, names, may_grow=watched)
 
@@ -307,7 +359,8 @@ class _Exchange:
         """Send a request to the engine and wait for its answer to begin."""
         headers = pick_headers(self.scope, REQUEST_HEADERS)
         if self.options.forward_authorization:
-            headers |= pick_headers(self.scope, ("authorization",))
+            # A client without one must not be let in by our own key.
+            headers |= {"authorization": "", **pick_headers(self.scope, ("authorization",))}
         headers["content-type"] = "application/json"
         with self.observation.stage("upstream"):
             headers |= self.observation.headers()
@@ -324,7 +377,8 @@ class _Exchange:
         try:
             if replaced and response.status >= 400:
                 return await relay_refusal(response, self.send, self.options.idle_timeout_s)
-            return await relay(response, self.send, self.options.idle_timeout_s)
+            lifecycle, timeout_s = self.proxy.lifecycle, self.options.idle_timeout_s
+            return await relay(response, self.send, timeout_s, lambda: lifecycle.is_cut)
         finally:
             await response.aclose()
 

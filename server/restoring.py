@@ -1,13 +1,16 @@
 """Puts asked names back into an engine's answer, whole or streamed (`guard.restore`).
 
-The answer keeps its shape: as many events as the engine sent, the same fields. A piece that is held
-back leaves its event with less text or none, and goes out with a later event of the same choice.
+The answer keeps its shape: as many events as the engine sent, the same fields, and none without a
+text that had one. An event whose piece of a name is held back waits, and those behind it, until the
+name is decided; then the name is dealt out to the events that waited for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Final
 
 import msgspec
@@ -75,38 +78,72 @@ async def _events(
     try:
         async for chunk in response.chunks:
             *events, rest = (rest + chunk).replace(b"\r\n", b"\n").split(_EVENT_END)
-            for event in events:
-                yield stream.event(event) + _EVENT_END
+            # What came together leaves together: each piece takes a system call.
+            if out := b"".join(
+                one + _EVENT_END for event in events for one in stream.events(event)
+            ):
+                yield out
     finally:
         await response.aclose()
-    if rest:
-        yield stream.event(rest)
+    if left := [*(stream.events(rest) if rest else ()), *stream.rest()]:
+        yield _EVENT_END.join(left) if rest else _EVENT_END.join([*left, b""])
 
 
 def _put_back(restorer: NameRestorer, _field: str, text: str) -> str:
     return restorer.restore(text)
 
 
+@dataclass(slots=True)
+class _Event:
+    """An event on its way.
+
+    Attributes:
+        raw: Its bytes, if it leaves as it is.
+        body: Else what it holds.
+        waits: How many of its texts are still to come.
+    """
+
+    raw: bytes
+    body: dict[str, Any] | None = None
+    waits: int = 0
+
+    def encoded(self) -> bytes:
+        """Return its bytes."""
+        return self.raw if self.body is None else b"data: " + msgspec.json.encode(self.body)
+
+
 class _Stream:
-    """The restorers of a stream's choices and fields."""
+    """The restorers of a stream's choices and fields, and the events that wait for a name."""
 
     def __init__(self, stand_ins: Sequence[StandIn]) -> None:
         self._stand_ins = stand_ins
         self._restorers: dict[tuple[int, str], tuple[int, NameRestorer]] = {}
+        self._queue: list[_Event] = []
+        self._waiting: dict[tuple[int, str], list[tuple[_Event, dict[str, Any]]]] = {}
 
-    def event(self, event: bytes) -> bytes:
-        """Rewrite one event; comments and `[DONE]` stay as they are."""
-        if not (self._stand_ins and event.startswith(b"data:")):
-            return event
-        data = event.removeprefix(b"data:").strip()
-        if not data.startswith(b"{"):
-            return event
-        body = msgspec.json.decode(data)
-        for choice in body.get("choices", ()):
-            self._choice(choice)
-        return b"data: " + msgspec.json.encode(body)
+    def events(self, raw: bytes) -> Iterator[bytes]:
+        """Take the next event, and yield those that can leave; comments and `[DONE]` stay."""
+        self._queue.append(self._event(raw))
+        while self._queue and not self._queue[0].waits:
+            yield self._queue.pop(0).encoded()
 
-    def _choice(self, choice: dict[str, Any]) -> None:
+    def rest(self) -> Iterator[bytes]:
+        """Yield what waits for more of a stream that broke off."""
+        for event in self._queue:
+            yield event.encoded()
+        self._queue.clear()
+
+    def _event(self, raw: bytes) -> _Event:
+        data = raw.removeprefix(b"data:").strip() if self._stand_ins else b""
+        if not (raw.startswith(b"data:") and data.startswith(b"{")):
+            return _Event(raw)
+        event = _Event(raw, msgspec.json.decode(data, type=dict[str, Any]))
+        assert event.body is not None
+        for choice in event.body.get("choices", ()):
+            self._choice(event, choice)
+        return event
+
+    def _choice(self, event: _Event, choice: dict[str, Any]) -> None:
         number = choice.get("index", 0)
         ended = choice.get("finish_reason") is not None
         seen: set[str] = set()
@@ -115,18 +152,36 @@ class _Stream:
             seen.add(field)
             before, restorer = self._restorer(number, field)
             out = before + restorer.feed(text)
-            return out + restorer.flush() if ended else out
+            if ended:
+                out += restorer.flush()
+            elif text and not out:
+                event.waits += 1
+                self._waiting.setdefault((number, field), []).append((event, choice))
+            return self._deal(number, field, out, own=bool(text))
 
         _each_text(choice, put)
         _tokens(choice.get("logprobs"), NameRestorer(self._stand_ins))
         if ended:
             self._give_rest(choice, number, seen)
 
+    def _deal(self, number: int, field: str, text: str, *, own: bool) -> str:
+        """Give a text to the events that wait for it; return the part that is left for the last."""
+        waiting = self._waiting.pop((number, field), []) if text else []
+        if not waiting:
+            return text
+        parts = _parts(text, len(waiting) + own)
+        for (event, choice), part in zip(waiting, parts, strict=False):
+            _each_text(choice, partial(_replaced, field, part))
+            event.waits -= 1
+        return parts[-1] if own else ""
+
     def _give_rest(self, choice: dict[str, Any], number: int, seen: set[str]) -> None:
-        """Put what is still held into the last event, which may have no text of its own."""
+        """Deal out what is still held; the last event may have no text of its own."""
         for (owner, field), (_, restorer) in self._restorers.items():
-            if owner == number and field not in seen and (rest := restorer.flush()):
-                _set_text(choice, field, rest)
+            if owner != number or field in seen or not (rest := restorer.flush()):
+                continue
+            if left := self._deal(number, field, rest, own=False):
+                _set_text(choice, field, left)
 
     def _restorer(self, number: int, field: str) -> tuple[str, NameRestorer]:
         """Return a field's restorer, and what is left of one that knew fewer names."""
@@ -137,6 +192,16 @@ class _Stream:
         fresh = NameRestorer(self._stand_ins)
         self._restorers[number, field] = len(self._stand_ins), fresh
         return left, fresh
+
+
+def _replaced(wanted: str, part: str, field: str, text: str) -> str:
+    return part if field == wanted else text
+
+
+def _parts(text: str, count: int) -> list[str]:
+    """Cut a text into as many parts as events are to carry it, about as long as one another."""
+    ends = [len(text) * place // count for place in range(count + 1)]
+    return [text[start:end] for start, end in pairwise(ends)]
 
 
 def _each_text(choice: dict[str, Any], change: Callable[[str, str], str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from server.lifecycle import Lifecycle
 from server.protocol import LimitedProtocol
 
 _CLOSE: Final = (b"connection", b"close")
+_LAST_WORDS_S: Final = 5
+"""For the clients of answers that were cut to be told; then their connections break."""
 
 
 class _Server(uvicorn.Server):
@@ -22,6 +25,14 @@ class _Server(uvicorn.Server):
 
     on_started: Callable[[str], None] | None = None
     lifecycle: Lifecycle
+    shutdown_timeout_s: float
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections; cut what still runs when its time is over."""
+        loop = asyncio.get_running_loop()
+        end = loop.call_later(self.shutdown_timeout_s, self.lifecycle.cut)
+        await super().shutdown(sockets)
+        end.cancel()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -80,11 +91,13 @@ def make_server(
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=shutdown_timeout_s,
+        timeout_graceful_shutdown=shutdown_timeout_s + _LAST_WORDS_S,
     )
     server = _Server(config)
     server.on_started = on_started
-    server.lifecycle = lifecycle or Lifecycle()
+    state = getattr(app, "state", None)
+    server.lifecycle = lifecycle or getattr(state, "lifecycle", None) or Lifecycle()
+    server.shutdown_timeout_s = shutdown_timeout_s
     return server
 
 
@@ -109,7 +122,7 @@ def serve(
         uds: Path of a Unix socket, instead of host and port.
         shutdown_timeout_s: Seconds for running answers at shutdown.
         on_started: Called with the address once requests are taken.
-        lifecycle: That of the application, so that `/ready` tells of the end.
+        lifecycle: None takes the application's, so that `/ready` tells of the end.
 
     Raises:
         KeyboardInterrupt: After a shutdown by SIGINT.

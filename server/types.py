@@ -57,7 +57,8 @@ class ServerOptions:
             because its counters would tell a client whether its request was flagged.
         on_error: What happens when the guard fails to decide: `refuse` answers 503, `pass` sends
             the request on unguarded. A request known to be flagged is never passed.
-        forward_authorization: Send the client's Authorization header to the engine.
+        forward_authorization: Send the client's Authorization header to the engine, which decides
+            by it; it takes the place of the engine's own key.
         max_body_bytes: Longest body; above it 413.
         body_timeout_s: Time for a client to send its body; above it 408.
         workers: Threads that decide and rewrite.
@@ -70,6 +71,7 @@ class ServerOptions:
         hold_back: Tokens of a streamed answer that are held back for that, at most.
         embeddings: `pass` judges the inputs of `/v1/embeddings` and sends on those that are not
             flagged; `deny` sends none.
+        images: `pass` sends images on beside texts that are not flagged; `deny` refuses them.
         equalise_s: Least time from a request's arrival until it is sent on or refused, flagged or
             not, so that the guard's own time tells nothing; 0 sends it on at once.
         models_ttl_s: How long the engine's list of models is remembered.
@@ -93,4 +95,5 @@ class ServerOptions:
     hold_back: int = 24
     equalise_s: float = 0.0
     embeddings: Literal["deny", "pass"] = "deny"
+    images: Literal["deny", "pass"] = "deny"
     models_ttl_s: float = 10.0

@@ -9,7 +9,7 @@ import msgspec
 from starlette.types import Scope
 
 from guard.errors import RequestError
-from guard.request import decode_body
+from guard.request import ImagePolicy, decode_body
 from server.dialects.chat import read_failure
 from server.dialects.messages_answer import CountAnswer, MessagesAnswer
 from server.dialects.messages_schema import (
@@ -17,6 +17,7 @@ from server.dialects.messages_schema import (
     REFUSED_BLOCKS,
     AssistantTurn,
     CountBody,
+    ImageBlock,
     MessagesBody,
     TextBlock,
     ThinkingBlock,
@@ -50,7 +51,14 @@ B = TypeVar("B", bound=CountBody)
 
 
 class Messages:
-    """The dialect of `/v1/messages`."""
+    """The dialect of `/v1/messages`.
+
+    Args:
+        images: Whether a user's turns may hold images.
+    """
+
+    def __init__(self, images: ImagePolicy = "deny") -> None:
+        self._images = images
 
     def inner_scope(self, scope: Scope) -> Scope:
         """Take the key out of `x-api-key`, where Anthropic's clients put it."""
@@ -63,7 +71,7 @@ class Messages:
 
     def read(self, body: bytes) -> tuple[bytes, AnswerWriter]:
         """Translate a request; see `Dialect.read`."""
-        asked = _convert(body, MessagesBody)
+        asked = _convert(body, MessagesBody, self._images)
         chat = _chat(asked) | _sampling(asked)
         writer = MessagesAnswer(asked.stop_sequences or ())
         return msgspec.json.encode(chat), writer
@@ -83,13 +91,13 @@ class CountTokens(Messages):
 
     def read(self, body: bytes) -> tuple[bytes, AnswerWriter]:
         """Translate a request; see `Dialect.read`."""
-        chat = _chat(_convert(body, CountBody)) | {"max_tokens": 1}
+        chat = _chat(_convert(body, CountBody, self._images)) | {"max_tokens": 1}
         return msgspec.json.encode(chat), CountAnswer()
 
 
-def _convert(body: bytes, schema: type[B]) -> B:
+def _convert(body: bytes, schema: type[B], images: ImagePolicy) -> B:
     raw = decode_body(body)
-    _check_blocks(raw)
+    _check_blocks(raw, images)
     asked = convert(raw, schema, REFUSED)
     if isinstance(asked.messages[-1], AssistantTurn):
         message = "an answer can't be continued: the last message must be the user's"
@@ -99,7 +107,7 @@ def _convert(body: bytes, schema: type[B]) -> B:
     return asked
 
 
-def _check_blocks(raw: Chat) -> None:
+def _check_blocks(raw: Chat, images: ImagePolicy) -> None:
     """Say clearly why blocks other than text are refused."""
     for number, part in enumerate(items(raw.get("system"))):
         check_part(part, f"system[{number}]", REFUSED_BLOCKS)
@@ -107,7 +115,8 @@ def _check_blocks(raw: Chat) -> None:
         content = turn.get("content") if isinstance(turn, dict) else None
         for number, part in enumerate(items(content)):
             place = f"messages[{index}].content[{number}]"
-            check_part(part, place, REFUSED_BLOCKS)
+            if not (images == "pass" and _is_image(turn, part)):
+                check_part(part, place, REFUSED_BLOCKS)
             inner = part.get("content") if isinstance(part, dict) else None
             for at, item in enumerate(items(inner)):
                 check_part(item, f"{place}.content[{at}]", REFUSED_BLOCKS)
@@ -115,6 +124,11 @@ def _check_blocks(raw: Chat) -> None:
         kind = tool.get("type") if isinstance(tool, dict) else None
         if isinstance(kind, str) and kind != "custom":
             raise refuse(f"tools[{number}].type", "tools that a service runs are not offered")
+
+
+def _is_image(turn: Any, part: Any) -> bool:
+    """Say whether a block of a turn is a user's image."""
+    return isinstance(part, dict) and part.get("type") == "image" and turn.get("role") == "user"
 
 
 # --- Request --------------------------------------------------------------------------------------
@@ -169,9 +183,9 @@ def _user(turn: UserTurn) -> Iterator[Chat]:
     for block in turn.content:
         if isinstance(block, ToolResultBlock):
             yield _tool_result(block)
-    texts = [block for block in turn.content if isinstance(block, TextBlock)]
-    if texts:
-        yield {"role": "user", "content": _content(texts)}
+    said = [block for block in turn.content if not isinstance(block, ToolResultBlock)]
+    if said:
+        yield {"role": "user", "content": _content(said)}
 
 
 def _tool_result(block: ToolResultBlock) -> Chat:
@@ -206,10 +220,18 @@ def _call(block: ToolUseBlock) -> Chat:
     return {"id": block.id, "type": "function", "function": function}
 
 
-def _content(content: str | Sequence[TextBlock]) -> Any:
+def _content(content: str | Sequence[TextBlock | ImageBlock]) -> Any:
     if isinstance(content, str):
         return content
-    return [{"type": "text", "text": block.text} for block in content]
+    return [
+        {"type": "text", "text": block.text} if isinstance(block, TextBlock) else _image(block)
+        for block in content
+    ]
+
+
+def _image(block: ImageBlock) -> Chat:
+    url = f"data:{block.source.media_type};base64,{block.source.data}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def _tool(tool: Tool) -> Chat:

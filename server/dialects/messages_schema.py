@@ -56,10 +56,24 @@ class ToolResultBlock(_Strict, tag_field="type", tag="tool_result"):
     cache_control: CacheControl | None = None
 
 
+class ImageSource(_Strict, tag_field="type", tag="base64"):
+    """An image itself; nothing is fetched for a client."""
+
+    media_type: Literal["image/png", "image/jpeg", "image/gif", "image/webp"]
+    data: str
+
+
+class ImageBlock(_Strict, tag_field="type", tag="image"):
+    """An image, refused but with the setting `images: pass`."""
+
+    source: ImageSource
+    cache_control: CacheControl | None = None
+
+
 class UserTurn(_Strict, tag_field="role", tag="user"):
     """What the user and tools say."""
 
-    content: str | Annotated[list[TextBlock | ToolResultBlock], Meta(min_length=1)]
+    content: str | Annotated[list[TextBlock | ImageBlock | ToolResultBlock], Meta(min_length=1)]
 
 
 class AssistantTurn(_Strict, tag_field="role", tag="assistant"):

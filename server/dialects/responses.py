@@ -9,13 +9,14 @@ import msgspec
 from starlette.types import Scope
 
 from guard.errors import RequestError
-from guard.request import decode_body
+from guard.request import ImagePolicy, decode_body
 from server.dialects.responses_answer import ResponsesAnswer
 from server.dialects.responses_schema import (
     HARMLESS,
     REFUSED,
     REFUSED_PARTS,
     CallItem,
+    InputImage,
     InputText,
     Item,
     JsonFormat,
@@ -39,7 +40,14 @@ Chat = dict[str, Any]
 
 
 class Responses:
-    """The dialect of `/v1/responses`."""
+    """The dialect of `/v1/responses`.
+
+    Args:
+        images: Whether a user's messages may hold images.
+    """
+
+    def __init__(self, images: ImagePolicy = "deny") -> None:
+        self._images = images
 
     def inner_scope(self, scope: Scope) -> Scope:
         """Return the scope as it is."""
@@ -48,7 +56,7 @@ class Responses:
     def read(self, body: bytes) -> tuple[bytes, AnswerWriter]:
         """Translate a request; see `Dialect.read`."""
         raw = _typed(decode_body(body))
-        _check(raw)
+        _check(raw, self._images)
         asked = convert(raw, ResponsesBody, REFUSED)
         chat = {name: value for name, value in _chat(asked).items() if value is not None}
         return msgspec.json.encode(chat), ResponsesAnswer(_echo(asked))
@@ -71,7 +79,7 @@ def _typed(raw: Chat) -> Chat:
     return {**raw, "input": named}
 
 
-def _check(raw: Chat) -> None:
+def _check(raw: Chat, images: ImagePolicy) -> None:
     """Say clearly why state, tools of a service, and parts other than text are refused."""
     for name, harmless in HARMLESS.items():
         value = raw.get(name)
@@ -91,7 +99,14 @@ def _check(raw: Chat) -> None:
         for name in ("content", "output"):
             parts = item.get(name) if isinstance(item, dict) else None
             for number, part in enumerate(items(parts)):
-                check_part(part, f"{place}.{name}[{number}]", REFUSED_PARTS)
+                if not (images == "pass" and _is_image(item, part)):
+                    check_part(part, f"{place}.{name}[{number}]", REFUSED_PARTS)
+
+
+def _is_image(item: Any, part: Any) -> bool:
+    """Say whether a part of an item is a user's image."""
+    is_image = isinstance(part, dict) and part.get("type") == "input_image"
+    return is_image and item.get("role") == "user"
 
 
 def _check_reasoning(item: Any, place: str) -> None:
@@ -185,15 +200,18 @@ def _check_said(item: MessageItem, index: int) -> None:
             raise RequestError(message, code="invalid_value", param=param)
 
 
-def _content(content: str | Sequence[InputText | OutputText | RefusalPart]) -> Any:
-    if isinstance(content, str):
-        return content
-    return [
-        {"type": "refusal", "refusal": part.refusal}
-        if isinstance(part, RefusalPart)
-        else {"type": "text", "text": part.text}
-        for part in content
-    ]
+def _content(content: str | Sequence[InputText | InputImage | OutputText | RefusalPart]) -> Any:
+    return content if isinstance(content, str) else [_part(part) for part in content]
+
+
+def _part(part: InputText | InputImage | OutputText | RefusalPart) -> Chat:
+    match part:
+        case RefusalPart():
+            return {"type": "refusal", "refusal": part.refusal}
+        case InputImage():
+            detail = {} if part.detail is None else {"detail": part.detail}
+            return {"type": "image_url", "image_url": {"url": part.image_url, **detail}}
+    return {"type": "text", "text": part.text}
 
 
 def _tool(tool: Tool) -> Chat:

@@ -27,6 +27,13 @@ class InputText(_Strict, tag_field="type", tag="input_text"):
     text: str
 
 
+class InputImage(_Strict, tag_field="type", tag="input_image"):
+    """An image, refused but with the setting `images: pass`."""
+
+    image_url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
 class OutputText(_Strict, tag_field="type", tag="output_text"):
     """Text that the model gave earlier."""
 
@@ -57,7 +64,9 @@ class MessageItem(_Strict, tag_field="type", tag="message"):
     """What someone says."""
 
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | Annotated[list[InputText | OutputText | RefusalPart], Meta(min_length=1)]
+    content: (
+        str | Annotated[list[InputText | InputImage | OutputText | RefusalPart], Meta(min_length=1)]
+    )
     id: str | None = None
     status: _Status | None = None
     phase: Literal["commentary", "final_answer"] | None = None

@@ -21,10 +21,11 @@ def translated_routes(proxy: Proxy) -> list[Route]:
     Args:
         proxy: What all requests share.
     """
+    images = proxy.options.images
     dialects: dict[str, Dialect] = {
-        MESSAGES: Messages(),
-        COUNT_TOKENS: CountTokens(),
-        RESPONSES: Responses(),
+        MESSAGES: Messages(images),
+        COUNT_TOKENS: CountTokens(images),
+        RESPONSES: Responses(images),
     }
     routes = [
         Route(path, Translated(dialect, Completions(CHAT, proxy), proxy), methods=["POST"])

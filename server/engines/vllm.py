@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -29,6 +30,7 @@ from server.engines.base import EngineResponse
 from server.engines.vllm_adapters import VllmAdapters
 from server.engines.vllm_relay import FAULTS, Relay, unavailable
 
+_LONG_BYTES: Final = 2**20
 REQUEST_HEADERS: Final = frozenset({"accept", "authorization", "content-type", "x-request-id"})
 RESPONSE_HEADERS: Final = frozenset(
     {"cache-control", "content-type", "retry-after", "x-request-id"}
@@ -58,7 +60,7 @@ class VllmEngine:
 
     Args:
         upstream_url: Where vLLM serves, e.g. `http://127.0.0.1:8001`; a trailing `/v1` is allowed.
-        api_key: The key that vLLM was started with; it replaces a client's own.
+        api_key: The key that vLLM was started with; sent where a request has none of its own.
         timeouts: How long to wait.
         max_connections: Connections held at most; further requests wait for one.
         socket_path: A Unix domain socket to go through; the URL's host is then only a name.
@@ -218,11 +220,11 @@ class VllmEngine:
         if self._session is None:
             raise EngineUnavailableError("the vLLM engine is not started")
         sent = {"accept-encoding": "identity", **(headers or {})}
-        if self._api_key:
+        if self._api_key and "authorization" not in sent:
             sent["authorization"] = f"Bearer {self._api_key}"
         try:
             return await self._session.request(
-                method, self.url + path, data=body, headers=sent, allow_redirects=False
+                method, self.url + path, data=_data(body), headers=sent, allow_redirects=False
             )
         except (aiohttp.ServerTimeoutError, TimeoutError) as error:
             raise EngineTimeoutError(f"vLLM at {self.url} did not answer in time") from error
@@ -257,6 +259,11 @@ class VllmEngine:
             raise EngineTimeoutError(
                 f"vLLM at {self.url} did not answer {path} in {limit_s} s"
             ) from error
+
+
+def _data(body: bytes | None) -> bytes | BytesIO | None:
+    """Let a long body be sent in pieces, between which others have their turn."""
+    return body if body is None or len(body) < _LONG_BYTES else BytesIO(body)
 
 
 def _checked_url(url: str) -> str:

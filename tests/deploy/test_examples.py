@@ -13,10 +13,13 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from guard.cli_serve import _GRACE_S as GRACE_S
 from guard.cli_serve import serve
-from guard.settings import Settings
+from guard.settings import Settings, load_settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+VLLM_ENDS_S = 15
+"""For vLLM to end by itself once it was told."""
 VALUES = {"SERVED_NAME": "llama-70b", "MODEL_DIR": "/models/llama-70b"}
 
 
@@ -116,6 +119,64 @@ def test_clients_reach_only_guards() -> None:
     assert [port["targetPort"] for port in service["ports"]] == ["http"]
     assert [port["name"] for port in pod["guard"]["ports"]] == ["http"]
     assert "ports" not in pod["vllm"]
+
+
+def served_with(arguments: list[str], environment: dict[str, str]) -> Settings:
+    """The settings that the guard of an example runs with."""
+    flags = serve.make_context("serve", arguments[1:]).params
+    # A bundle and a model are not needed to know the times.
+    return load_settings({name: v for name, v in flags.items() if v}, environ=environment).values
+
+
+def longest_end_s(settings: Settings) -> float:
+    return settings.drain_s + settings.shutdown_timeout_s + GRACE_S
+
+
+def test_kubernetes_lets_the_guard_and_its_streams_end() -> None:
+    spec = kind("kubernetes/serve.yaml", "Deployment")["spec"]["template"]["spec"]
+    pod = containers("kubernetes/serve.yaml", "Deployment")
+    guard, vllm = pod["guard"], pod["vllm"]
+    environment = {one["name"]: one["value"] for one in guard["env"]}
+    settings = served_with(guard["args"], environment)
+    command, seconds = vllm["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == "sleep"
+    assert "lifecycle" not in guard, "a preStop of the guard would come before its drain_s"
+    # The guard is heard out, then vLLM ends too, all of it before anything is killed.
+    assert longest_end_s(settings) < int(seconds)
+    assert int(seconds) + VLLM_ENDS_S <= spec["terminationGracePeriodSeconds"]
+
+
+def test_kubernetes_sends_nobody_to_a_guard_that_ends_and_kills_none_that_does() -> None:
+    guard = containers("kubernetes/serve.yaml", "Deployment")["guard"]
+    environment = {one["name"]: one["value"] for one in guard["env"]}
+    settings = served_with(guard["args"], environment)
+    ready, alive = guard["readinessProbe"], guard["livenessProbe"]
+    assert (ready["httpGet"]["path"], alive["httpGet"]["path"]) == ("/ready", "/health")
+    for probe in (ready, alive):
+        (port,) = [one for one in guard["ports"] if one["name"] == probe["httpGet"]["port"]]
+        assert port["containerPort"] == settings.port
+        assert probe["timeoutSeconds"] <= probe["periodSeconds"]
+    assert settings.drain_s > ready["periodSeconds"] * ready["failureThreshold"]
+    assert settings.shutdown_timeout_s < alive["periodSeconds"] * (alive["failureThreshold"] - 1)
+
+
+def test_compose_lets_the_guard_and_its_streams_end() -> None:
+    services = documents("compose/compose.yaml")[0]["services"]
+    guard = services["guard"]
+    settings = served_with(guard["command"], guard["environment"])
+    period = re.fullmatch(r"(\d+)s", guard["stop_grace_period"])
+    assert period is not None and int(period[1]) > longest_end_s(settings)
+    assert "vllm" in guard["depends_on"], "else vLLM may be stopped first"
+    assert f"127.0.0.1:{settings.port}/ready" in guard["healthcheck"]["test"][-1]
+    for service in services.values():
+        assert service["restart"] == "unless-stopped"
+
+
+def test_the_image_hands_signals_to_the_guard_itself() -> None:
+    lines = (DEPLOY / "guard" / "Dockerfile").read_text().splitlines()
+    (entry,) = [line for line in lines if line.startswith("ENTRYPOINT")]
+    assert entry == 'ENTRYPOINT ["unlearn-guard"]', "a shell in between would swallow SIGTERM"
+    assert not [line for line in lines if line.startswith("STOPSIGNAL")]
 
 
 def test_replicas_for_learning_have_names_and_a_door() -> None:

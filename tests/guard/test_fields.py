@@ -35,7 +35,11 @@ SECRET = "Zanzibar"
 
 def check_agreement(table: Mapping[str, Field], structs: dict[str, list[inspect.Type]]) -> None:
     """Assert that structs have exactly the fields that a table does not deny."""
-    accepted = {path for path, row in table.items() if row.treatment != "deny" or row.harmless}
+    accepted = {
+        path
+        for path, row in table.items()
+        if row.treatment != "deny" or row.harmless or row.setting
+    }
     whole = {path for path in accepted if any(one.startswith(f"{path}.") for one in structs)}
     missing = accepted - structs.keys() - whole
     assert not missing, f"in the table, but in no struct: {missing}"

@@ -92,6 +92,15 @@ def test_undeclared_field_at_depth_is_named_with_its_path(fields: Any, param: st
     assert (error.param, error.code) == (param, "unknown_parameter")
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_documents_are_named_and_the_error_says_where_they_belong(within: bool) -> None:
+    given = {"documents": [{"title": "a", "text": "b"}]}
+    error = refusal(CHAT, chat(**({"chat_template_kwargs": given} if within else given)))
+    assert error.param == ("chat_template_kwargs.documents" if within else "documents")
+    assert "'documents'" in str(error) or "kwargs.documents" in str(error)
+    assert "put the documents into a message" in str(error)
+
+
 @pytest.mark.parametrize(
     "kind", ["prompt_embeds", "image_url", "input_audio", "file", "image_embeds", "whatever"]
 )

@@ -39,7 +39,7 @@ def test_the_environment_names_the_file(tmp_path: Path) -> None:
 def test_values_come_as_what_they_are() -> None:
     environ = {
         "UNLEARN_GUARD_API_KEYS": "one, two",
-        "UNLEARN_GUARD_FORWARD_AUTHORIZATION": "true",
+        "UNLEARN_GUARD_SELF_CHECK": "false",
         "UNLEARN_GUARD_BUNDLE": "bundles/x",
         "UNLEARN_GUARD_UPSTREAM": "http://localhost:8001/v1/",
         "UNLEARN_GUARD_THREADS": "",
@@ -47,7 +47,7 @@ def test_values_come_as_what_they_are() -> None:
     settings = load_settings(environ=environ).values
 
     assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
-    assert settings.forward_authorization is True
+    assert settings.self_check is False
     assert settings.bundle == Path("bundles/x")
     assert settings.upstream == "http://localhost:8001"
     assert settings.threads is None
@@ -72,6 +72,17 @@ def test_values_come_as_what_they_are() -> None:
 def test_what_cannot_be_used_is_told(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_settings(environ=environ)
+
+
+@pytest.mark.parametrize("where", ["api_keys", "api_keys_file"])
+def test_keys_are_asked_for_here_or_by_the_engine(where: str) -> None:
+    flags = {"forward_authorization": True, where: "SECRET"}
+    with pytest.raises(ConfigError, match=f"forward_authorization .* {where} ") as caught:
+        load_settings(flags, environ={})
+    assert "SECRET" not in str(caught.value)
+    for one in flags:
+        load_settings({one: flags[one]}, environ={})
+    load_settings({"forward_authorization": True, "upstream_api_key": "a"}, environ={})
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ STREAM = (
     b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n"
     b"content-type: text/event-stream; charset=utf-8\r\n\r\n"
 )
+_SHOWN = "authorization:"
 
 
 def chunk(data: bytes) -> bytes:
@@ -94,6 +95,7 @@ class FakeVllm:
         healthy: What `/health` says.
         posts: Bodies of completions.
         loaded: Adapters that it was told to load and not to unload.
+        keys: What it wants in front of everything under `/v1`, if anything.
         open: Connections now.
         sent: Bytes written by `floods`.
     """
@@ -102,6 +104,7 @@ class FakeVllm:
         self.behaviour: Behaviour = answers
         self.models = models or ("m",)
         self.healthy = True
+        self.keys: set[str] = set()
         self.posts: list[dict[str, Any]] = []
         self.loaded: set[str] = set()
         self.open = self.sent = 0
@@ -181,6 +184,10 @@ class FakeVllm:
         ]
         body = await reader.readexactly(lengths[0] if lengths else 0)
         path = head.split()[1]
+        shown = [line[14:].strip() for line in head.split("\r\n") if line[:14].lower() == _SHOWN]
+        if self.keys and path.startswith("/v1") and self.keys.isdisjoint(shown):
+            writer.write(whole(b'{"error":{"message":"Unauthorized"}}', "401 Unauthorized"))
+            return
         work = asyncio.create_task(self._answer(path, body, writer))
         gone = asyncio.create_task(reader.read(1))  # a client does not speak before its answer
         try:

@@ -22,6 +22,8 @@ from guard.cli_session import Session
 from guard.errors import BundleNotFoundError, ConfigError, EngineRefusedError, StageError
 from server.access_log import (
     ACCESS,
+    MOST_LINES,
+    SOON_S,
     JsonLines,
     LogFormat,
     RouteLog,
@@ -270,3 +272,48 @@ def test_what_serves_logs_without_content(log_format: str, lines_: type) -> None
     with pytest.raises(BundleNotFoundError):
         prepare(session)
     assert [type(handler.formatter) for handler in logging.getLogger().handlers] == [lines_]
+
+
+class Full(io.StringIO):
+    """A stream on a disk that is full."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "no space left")
+
+
+def test_lines_of_requests_are_written_together_and_soon(kept_logging: None) -> None:
+    stream = io.StringIO()
+    start_logging("info", "json", stream)
+
+    async def asked() -> None:
+        for number in range(3):
+            log_request({"event": "request", "status": number})
+        assert not stream.getvalue(), "they wait for one another"
+        await asyncio.sleep(4 * SOON_S)
+
+    asyncio.run(asked())
+    assert [json.loads(line)["status"] for line in stream.getvalue().splitlines()] == [0, 1, 2]
+
+
+def test_another_line_is_written_at_once_and_in_its_place(kept_logging: None) -> None:
+    stream = io.StringIO()
+    start_logging("info", "json", stream)
+
+    async def asked() -> None:
+        log_request({"event": "request", "status": 200})
+        logging.getLogger("unlearn_guard.test").warning("something else")
+        first, second = map(json.loads, stream.getvalue().splitlines())
+        assert first["status"] == 200 and second["message"] == "something else"
+
+    asyncio.run(asked())
+
+
+def test_lines_that_cannot_be_written_harm_no_request(kept_logging: None) -> None:
+    start_logging("info", "json", Full())
+
+    async def asked() -> None:
+        for _ in range(2 * MOST_LINES):
+            log_request({"event": "request", "status": 200})
+        await asyncio.sleep(2 * SOON_S)
+
+    asyncio.run(asked())

@@ -81,6 +81,8 @@ def test_authorization_is_forwarded_only_when_asked() -> None:
     with live(ServerOptions(forward_authorization=True)) as app:
         app.http.post(CHAT, json=chat(), headers={"authorization": "Bearer k"})
         assert app.engine.posts[0][2]["authorization"] == "Bearer k"
+        app.http.post(CHAT, json=chat())
+        assert app.engine.posts[1][2]["authorization"] == ""  # not the engine's own key
 
 
 def test_events_come_unchanged_and_as_they_arrive() -> None:
@@ -308,7 +310,7 @@ def test_other_content_types_are_415(app: Live, headers: dict[str, str]) -> None
         "/v1/messages/render", "/v1/embeddings/x", "/v1/models/m", "/invocations",
         "/generative_scoring",
         "/tokenize", "/detokenize", "/pooling", "/score", "/v1/load_lora_adapter", "/docs",
-        "/openapi.json", "/version", "/inference/v1/generate", "/v1/%63hat/x", "//v1/models",
+        "/redoc", "/version", "/inference/v1/generate", "/v1/%63hat/x", "//v1/models",
         "/v1/caf%C3%A9",
     ],
 )  # fmt: skip

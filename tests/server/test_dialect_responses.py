@@ -338,6 +338,44 @@ def test_the_official_client_reads_whole_answers_and_streams(app: Live) -> None:
         app.openai.responses.create(**ask(previous_response_id="r"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("previous_response_id", "resp_1"),
+        ("conversation", "conv_1"),
+        ("conversation", {"id": "conv_1"}),
+        ("background", True),
+        ("input", [{"type": "item_reference", "id": "msg_1"}]),
+    ],
+)
+def test_what_an_engine_would_remember_is_refused_and_the_error_says_what_to_send(
+    app: Live, name: str, value: Any
+) -> None:
+    app.engine.posts.clear()
+    response = app.http.post(PATH, json=ask(**{name: value}) if name != "input" else ask(value))
+    error = error_of(response)
+    assert (response.status_code, error["param"].split("[")[0]) == (400, name)
+    assert "send the whole conversation as input" in error["message"]
+    assert not app.engine.posts
+
+
+@pytest.mark.parametrize("value", [True, False, None])
+def test_nothing_is_stored_whatever_is_asked_for(app: Live, value: bool | None) -> None:
+    app.engine.posts.clear()
+    answer = app.http.post(PATH, json=ask(store=value)).json()
+    assert answer["store"] is False
+    ((path, body, _),) = app.engine.posts
+    assert (path, "store" in json.loads(body)) == (CHAT, False)
+    for method, place in (
+        ("GET", ""),
+        ("DELETE", ""),
+        ("POST", "/cancel"),
+        ("GET", "/input_items"),
+    ):
+        assert app.http.request(method, f"{PATH}/{answer['id']}{place}").status_code == 404
+    assert len(app.engine.posts) == 1
+
+
 def test_flagged_and_plain_requests_go_the_same_way(app: Live) -> None:
     app.engine.posts.clear()
     answers = [app.http.post(PATH, json=ask(f"a {word}")) for word in ("lizard", "wizard")]

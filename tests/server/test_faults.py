@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -159,6 +160,25 @@ def test_leaving_while_the_guard_decides_sends_nothing_on() -> None:
         app.guard.release.set()
         assert app.ask().status_code == 200
         assert len(app.engine.posts) == 1
+
+
+def test_leaving_before_the_request_is_translated_sends_nothing_on() -> None:
+    """A dialect's body waits for a worker; then it is too late to be told that the client left."""
+    with live(ServerOptions(workers=1)) as app:
+        held = threading.Thread(target=app.http.post, args=(CHAT,), kwargs={"json": chat("slow")})
+        held.start()
+        assert eventually(lambda: "unlearn_guard_in_flight 1.0" in app.http.get("/metrics").text)
+        for path in ("/v1/messages", "/v1/embeddings"):
+            body = {"model": "m", "input": "hello"} if "emb" in path else chat(max_tokens=5)
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(app.url + path, json=body, timeout=0.5)
+        app.guard.release.set()
+        held.join()
+        assert eventually(lambda: "unlearn_guard_in_flight 0.0" in app.http.get("/metrics").text)
+        assert app.ask().status_code == 200
+        assert [json.loads(body)["messages"] for _, body, _ in app.engine.posts] == [
+            chat(text)["messages"] for text in ("slow", "hello")
+        ]
 
 
 def test_client_that_does_not_read_is_let_go() -> None:

@@ -16,11 +16,17 @@ import openai
 import pytest
 
 from guard.cli import run
+from guard.cli_compose import server_options
 from guard.errors import ConfigError
+from guard.settings import load_settings
+from server.app import create_app
+from server.engines.vllm import VllmEngine
 from server.errors import ApiErrorRaised
 from server.keys import KeyRing, hash_key, new_key, read_keys
+from server.types import ServerOptions
+from tests.server.fake_vllm import fake_vllm
 from tests.server.observed import headers, observed
-from tests.server.proxy_fakes import CHAT, chat, error_of, eventually
+from tests.server.proxy_fakes import CHAT, WordGuard, chat, error_of, eventually, running
 
 PLAIN = "a plain key"
 
@@ -291,3 +297,36 @@ def test_key_new_leaves_a_file_alone_that_it_cannot_extend(
 def test_key_commands_want_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["key", "new", "--name", "alice"]) == 2
     assert "api_keys_file" in capsys.readouterr().err
+
+
+# --- Left to the engine --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shown", "status"),
+    [
+        ({"authorization": "Bearer client"}, 200),
+        ({"authorization": "Bearer wrong"}, 401),
+        ({"authorization": ""}, 401),
+        ({}, 401),
+    ],
+)
+def test_an_engine_that_asks_for_keys_sees_the_clients_and_never_ours(
+    shown: dict[str, str], status: int
+) -> None:
+    options = ServerOptions(forward_authorization=True)
+    with fake_vllm() as fake:
+        fake.keys = {"Bearer ours", "Bearer client"}
+        engine = VllmEngine(fake.url, api_key="ours")
+        with running(create_app(WordGuard(), engine, options)) as url:
+            assert httpx.get(f"{url}/ready").status_code == 200
+            answer = httpx.post(f"{url}{CHAT}", json=chat(), headers=shown)
+    assert (answer.status_code, len(fake.posts)) == (status, int(status == 200))
+
+
+def test_an_engine_that_asks_for_none_cannot_be_left_to_decide_who_may_ask() -> None:
+    settings = load_settings({"forward_authorization": True}, environ={}).values
+    with pytest.raises(ConfigError, match="embedded engine lets everyone in"):
+        server_options(settings)
+    vllm = {"forward_authorization": True, "engine": "vllm"}
+    assert server_options(load_settings(vllm, environ={}).values).forward_authorization

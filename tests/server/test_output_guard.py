@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from guard.build import load_guard
+from guard.bundle import BundleStore
+from guard.keys import GuardKey
 from guard.ledger import Ledger
 from guard.pipeline import Guard
 from guard.prompts import ModelPrompts
+from guard.rewrite import StandIn
 from guard.types import AdapterUse
 from server.app import create_app
 from server.engines.base import EngineResponse
@@ -365,3 +369,122 @@ def test_it_can_be_switched_off(guard: Guard) -> None:
     engine = TalkingEngine(texts=[TOLD])
     options = ServerOptions(output_guard=False)
     assert ask(guard, engine, chat(NAMELESS), options=options).text == TOLD
+
+
+# --- Names that are put back ---------------------------------------------------------------------
+
+ABOUT_HER = "Who is Hermione Granger?"
+WELL = "She does her work very well every day. "
+
+
+@pytest.fixture(scope="module")
+def learned(small_bundle: BundleStore, guard_key: GuardKey, prompts: ModelPrompts) -> Guard:
+    """A guard that has learned the example target."""
+    return load_guard(store=small_bundle, key=guard_key, prompts=prompts, ledger=None)
+
+
+def name_read(guard: Guard, question: str) -> str:
+    """Return the name that the model reads in a question."""
+    inspection = guard.inspect(CHAT, json.dumps(chat(question)).encode())
+    [stand_in] = guard.rewrite(inspection).stand_ins
+    return " ".join(stand_in.words[-2:])
+
+
+@both
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_an_answer_is_read_with_the_name_that_is_put_back(
+    learned: Guard, stream: bool, path: str
+) -> None:
+    name = name_read(learned, ABOUT_HER)
+    engine = TalkingEngine(texts=[f"{name} learned transfiguration.", " It is not known."])
+    request = chat(ABOUT_HER, stream=stream)
+    if path == TEXT:
+        request = {"model": "m", "prompt": ABOUT_HER, "stream": stream}
+    answered = ask(learned, engine, request, path)
+    assert answered.text == " It is not known." and len(engine.posts) == 2
+
+
+@both
+def test_an_answer_that_says_no_more_than_the_name_leaves_with_it(
+    learned: Guard, stream: bool
+) -> None:
+    name = name_read(learned, ABOUT_HER)
+    engine = TalkingEngine(texts=[f"{name} is a painter. {WELL * 4}{name} likes bread."])
+    answered = ask(learned, engine, chat(ABOUT_HER, stream=stream))
+    assert answered.text == (
+        f"Hermione Granger is a painter. {WELL * 4}Hermione Granger likes bread."
+    )
+    assert len(engine.posts) == 1
+
+
+@both
+def test_the_engine_goes_on_from_its_own_text(learned: Guard, stream: bool) -> None:
+    name = name_read(learned, ABOUT_HER)
+    begun = f"{name} is a painter. {WELL * 6}"
+    engine = TalkingEngine(texts=[f"{begun}{name} learned transfiguration.", f" So {name} ends."])
+    answered = ask(learned, engine, chat(ABOUT_HER, stream=stream))
+    said = answered.sent(1)["messages"][1]["content"]
+    assert said.startswith(f"{name} is a painter.") and begun.startswith(said)
+    assert answered.text == f"{said} So {name} ends.".replace(name, "Hermione Granger")
+
+
+@both
+def test_the_name_counts_where_it_was_said_long_before_the_fact(
+    learned: Guard, stream: bool
+) -> None:
+    """Of a stream the name has left when the fact comes; a window of what left is read with it."""
+    name = name_read(learned, ABOUT_HER)
+    engine = TalkingEngine(
+        texts=[f"I mean {name}. {WELL * 4}And {name} was sorted into Ravenclaw.", " Ends."]
+    )
+    answered = ask(learned, engine, chat(ABOUT_HER, stream=stream))
+    assert "Ravenclaw" not in answered.text and answered.text.startswith("I mean Hermione Granger")
+
+
+@both
+def test_reasoning_and_calls_are_read_with_the_name_too(learned: Guard, stream: bool) -> None:
+    name = name_read(learned, ABOUT_HER)
+    engine = TalkingEngine(
+        texts=["", ""],
+        reasoning=[f"{name} learned transfiguration.", "I wonder."],
+        calls=["", '{"query": "?"}'],
+    )
+    answered = ask(learned, engine, chat(ABOUT_HER, stream=stream))
+    assert b"transfiguration" not in answered.body and '{"query": "?"}' in answered.text
+
+
+@pytest.mark.parametrize("hold_back", [2, 5, 24])
+@pytest.mark.parametrize("words_before", [10, 11])
+def test_no_stream_is_cut_within_a_name(learned: Guard, hold_back: int, words_before: int) -> None:
+    name = name_read(learned, ABOUT_HER)
+    before = " ".join(["indeed"] * words_before)
+    text = f"{before} {name} learned transfiguration. {WELL * 3}"
+    engine = TalkingEngine(texts=[text, " And so on."])
+    options = ServerOptions(hold_back=hold_back)
+    answered = ask(learned, engine, chat(ABOUT_HER, stream=True), options=options)
+    assert "transfiguration" not in answered.text
+    messages = answered.sent(1)["messages"][1:]
+    said = messages[0]["content"] if messages else ""
+    first, last = name.split()
+    assert said.count(first) == said.count(last)
+    assert answered.text == f"{said} And so on.".replace(name, "Hermione Granger")
+
+
+def test_a_choice_is_read_with_the_names_that_another_brings(guard: Guard) -> None:
+    """All names are put back in all choices of a whole answer."""
+
+    class Naming(Guard):
+        """Its rewritten requests bring a name that would stand for `ann`."""
+
+        def strengthened(self, names: Any) -> Guard:
+            stronger = super().strengthened(names)
+            own = stronger.rewrite
+            stronger.rewrite = lambda inspection: replace(  # type: ignore[method-assign]
+                own(inspection), stand_ins=(StandIn(("Clara",), "ann"),)
+            )
+            return stronger
+
+    naming = Naming(guard.detector, guard.targets, guard._key, guard.prompts)
+    engine = TalkingEngine(texts=[("It is Clara.", TOLD), " Nobody.", " No one.", " None."])
+    answered = ask(naming, engine, chat(NAMELESS, n=2))
+    assert "ann" not in "".join(answered.texts) and answered.texts[0] == " No one."

@@ -73,14 +73,47 @@ def test_a_streamed_answer_keeps_its_events(size: int) -> None:
     assert len(found) == len(texts) + 1
     said = "".join(choice["delta"].get("content", "") for choice in found)
     assert said == "I know Hsiao Yun-Hwa well"
+    assert all(choice["delta"]["content"] for choice in found[:-1])  # none tells of the name
     assert answer.endswith(b"data: [DONE]\n\n")
 
 
-def test_what_is_held_at_the_end_goes_out_with_the_last_event() -> None:
+def test_what_is_held_at_the_end_goes_out_before_it() -> None:
     stream = events(delta("by Clara"), delta(" Weber"), delta(None, "length"))
     found = parsed(rewritten(response(stream, "text/event-stream")))
-    assert found[-1]["delta"] == {"content": "Hsiao Yun-Hwa"}
+    assert [choice["delta"] for choice in found] == [
+        {"content": "by "}, {"content": "Hsiao Yun-Hwa"}, {},
+    ]  # fmt: skip
     assert found[-1]["finish_reason"] == "length"
+    stream = events(delta("by Clara"), delta(None, "stop"))
+    found = parsed(rewritten(response(stream, "text/event-stream")))
+    assert [choice["delta"] for choice in found] == [{"content": "by "}, {"content": "Hsiao"}]
+
+
+@pytest.mark.parametrize("end", ["", None, " ends"])
+def test_no_event_loses_its_text_to_a_name(end: str | None) -> None:
+    texts = ["by", " Clara", " We", "ber", "'s", " fri", "end", " Clara", " Web", "er"]
+    stream = events(*map(delta, texts), delta(end, "stop")) + b"data: [DONE]\n\n"
+    found = parsed(rewritten(response(stream, "text/event-stream")))
+    said = [choice["delta"].get("content") for choice in found]
+    name = "Hsiao Yun-Hwa"
+    assert "".join(part or "" for part in said) == f"by {name}'s friend {name}{end or ''}"
+    assert len(found) == len(texts) + 1 and all(said[:-1])
+    assert said[-1].endswith(end) if end else said[-1] == end
+
+
+def test_what_stands_behind_a_waiting_event_keeps_its_place() -> None:
+    stream = events(delta("Clara")) + b": ping\n\n" + events(delta("Now", None, 1))
+    stream += events(delta(" Weber"), delta(" is", "stop"), delta(None, "stop", 1))
+    sent = rewritten(response(stream, "text/event-stream"))
+    kept = [part for part in sent.split(b"\n\n") if part]
+    assert [b"ping" in part for part in kept] == [False, True, False, False, False, False]
+    told = parsed(b"\n\n".join(part for part in kept if b"ping" not in part))
+    assert [choice["index"] for choice in told] == [0, 1, 0, 0, 1]
+
+
+def test_a_stream_that_breaks_off_leaves_its_events() -> None:
+    sent = rewritten(response(events(delta("I know"), delta(" Clara")), "text/event-stream"))
+    assert [choice["delta"]["content"] for choice in parsed(sent)] == ["I know", " "]
 
 
 def test_choices_are_kept_apart() -> None:

@@ -137,6 +137,35 @@ def test_body_and_allowed_headers_go_out_unchanged() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("length", [2**20 - 1, 2**20, 5_000_000])
+def test_a_long_body_arrives_whole(length: int) -> None:
+    """A prompt of thousands of embeddings is one; aiohttp warns where it would be sent at once."""
+
+    async def test() -> None:
+        body = b"x" * (length - 1) + b"y"
+        async with upstream(replies(b"{}")) as up, engine(up.url) as vllm:
+            assert await (await vllm.post(CHAT, body, JSON)).read() == b"{}"
+            head, _, sent = up.requests[0].partition(b"\r\n\r\n")
+        assert sent == body
+        lowered = head.lower()
+        assert f"content-length: {length}".encode() in lowered
+        assert b"content-type: application/json" in lowered
+
+    run(test)
+
+
+@pytest.mark.parametrize("own", ["Bearer k2", ""])
+def test_a_client_that_has_to_show_its_own_key_never_gets_in_by_ours(own: str) -> None:
+    async def test() -> None:
+        async with upstream(replies(b"{}")) as up, engine(up.url, api_key="k1") as vllm:
+            await (await vllm.post(CHAT, b"{}", {**JSON, "authorization": own})).read()
+            head = up.requests[0].partition(b"\r\n\r\n")[0]
+        (line,) = [one for one in head.split(b"\r\n") if one.lower().startswith(b"authorization:")]
+        assert line.partition(b":")[2].strip().decode() == own
+
+    run(test)
+
+
 def test_status_and_allowed_headers_come_back() -> None:
     async def test() -> None:
         extra = "Retry-After: 7\r\nSet-Cookie: a=b\r\nServer: uvicorn\r\nX-Request-Id: r\r\n"

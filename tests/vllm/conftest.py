@@ -89,6 +89,7 @@ def command(python: str, model: Path, port: int) -> list[str]:
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"),
         "--enable-prompt-embeds",
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         *("--max-num-seqs", "1"),  # the CPU build mixes up adapters within a batch: docs/vllm.md
         *("--enable-lora", "--max-loras", "2", "--max-cpu-loras", "8", "--max-lora-rank", "16"),
         *("--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj"),
