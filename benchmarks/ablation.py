@@ -302,9 +302,10 @@ class PartLearner(TargetLearner):
 class PartDetector(BundleDetector):
     """Detects without a part."""
 
-    def without(self, part: Part, encoder: OnnxEncoder) -> PartDetector:
-        """Read by what is left of the lexicon's index."""
-        lexicons = [artifact.lexicon for artifact in self._artifacts]
+    def without(
+        self, part: Part, encoder: OnnxEncoder, lexicons: Sequence[Lexicon]
+    ) -> PartDetector:
+        """Read by what is left of the index of the artifacts' `lexicons`."""
         self._index = make_index(lexicons, encoder, part)
         return self
 
@@ -373,7 +374,8 @@ class _Bench:
         detector = PartDetector(
             ground.encoder, space, artifacts, calibration, self._hasher, fusion, verdicts=0
         )
-        return System(artifacts, detector.without(part, ground.encoder), ground)
+        lexicons = [artifact.lexicon for artifact in artifacts]
+        return System(artifacts, detector.without(part, ground.encoder, lexicons), ground)
 
     def judge(self, part: Part, system: System) -> list[Row]:
         """Return the share of each set that is flagged."""
