@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from guard.reload import LiveGuard
     from guard.settings import Settings
     from server.lifecycle import Lifecycle
+    from server.proxy import Proxy
     from server.supervisor import Place
     from server.worker_metrics import WorkerMetrics
 
@@ -75,6 +76,7 @@ def serve(session: Session, /, **flags: Any) -> None:
 
 def _serve(session: Session, worker: _Worker | None) -> None:
     """Serve in this process, alone or as one of several."""
+    from guard.live_settings import LiveSettings
     from guard.memory import give_back
     from server.app import create_app
     from server.lifecycle import Lifecycle
@@ -91,7 +93,11 @@ def _serve(session: Session, worker: _Worker | None) -> None:
         lifecycle,
         None if metrics is None else metrics.gather,
     )
-    app.state.proxy.metrics.follow_targets(lambda: guard.guard.targets)
+    proxy = app.state.proxy
+    proxy.metrics.follow_targets(lambda: guard.guard.targets)
+    live = LiveSettings(
+        settings, session.settings_file, session.reread, lambda new: _change(proxy, new)
+    )
 
     async def before() -> None:
         if worker is not None and metrics is not None:
@@ -105,13 +111,20 @@ def _serve(session: Session, worker: _Worker | None) -> None:
             _greet(session, url, state, guard)
 
     guard.follow(settings.reload_s)
+    live.follow(settings.reload_s)
     try:
         _run(app, settings, before, started, lifecycle, worker)
     finally:
+        live.stop()
         guard.stop()
         if metrics is not None:
             metrics.close()
     state.raise_failure()
+
+
+def _change(proxy: Proxy, settings: Settings) -> None:
+    """Serve the next requests by new settings."""
+    proxy.options = server_options(settings)
 
 
 @click.command("engine")

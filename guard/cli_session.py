@@ -36,6 +36,7 @@ class Session:
     def __init__(self, config: str | None = None, verbosity: int = 0) -> None:
         self._config, self._verbosity = config, verbosity
         self._loaded: LoadedSettings | None = None
+        self._flags: dict[str, Any] = {}
         self._prepared: Path | None = None
 
     def load(self, **flags: Any) -> LoadedSettings:
@@ -44,7 +45,7 @@ class Session:
 
         if self._verbosity:
             flags["log_level"] = _LEVELS[min(self._verbosity, 2)]
-        self._loaded = load_settings(flags, self._config)
+        self._loaded, self._flags = load_settings(flags, self._config), flags
         _start_logging(self._loaded.values.log_level)
         return self._loaded
 
@@ -52,6 +53,23 @@ class Session:
     def settings(self) -> Settings:
         """The effective settings."""
         return (self._loaded or self.load()).values
+
+    @property
+    def settings_file(self) -> Path | None:
+        """The file that they are from, if any."""
+        from guard.settings import settings_file
+
+        return settings_file(self._config)
+
+    def reread(self) -> Settings:
+        """Put the settings together again; those of the session stay.
+
+        Raises:
+            ConfigError: If they can't be used.
+        """
+        from guard.settings import load_settings
+
+        return load_settings(self._flags, self._config).values
 
     def key(self, create: bool = False) -> GuardKey:
         """Open the bundle's key: given itself, or in its file; made only if there is no bundle.

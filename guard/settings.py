@@ -120,7 +120,8 @@ class Settings(BaseSettings):
         drain_s: After SIGTERM `/ready` says `draining` for so long while all is answered as ever.
         shutdown_timeout_s: For running answers to end after that.
         threads: Threads of the encoder and the embedded model; None leaves it to them.
-        reload_s: How often a new version of the bundle is looked for; 0 never.
+        reload_s: How often a new version of the bundle, and of the settings file, is looked for;
+            0 never.
         self_check: Whether `serve` refuses to start when engine, model and bundle don't fit.
         fpr_budget: Share of benign requests that a new target may flag.
         seed: Of everything random in learning.
@@ -276,10 +277,10 @@ def load_settings(
         ConfigError: If a name is unknown or a value can't be used; says which and from where.
     """
     environ = os.environ if environ is None else environ
-    config = config or environ.get(ENV_CONFIG) or None
+    config = settings_file(config, environ)
     values: dict[str, Any] = {}
     sources = dict.fromkeys(Settings.model_fields, "default")
-    for name, value in (_read_yaml(Path(config)) if config else {}).items():
+    for name, value in (_read_yaml(config) if config else {}).items():
         values[name], sources[name] = value, f"file {config}"
     for name, text in _read_environment(environ).items():
         values[name], sources[name] = text, f"environment {PREFIX}{name.upper()}"
@@ -290,6 +291,14 @@ def load_settings(
         return LoadedSettings(Settings(**values), sources)
     except ValidationError as error:
         raise ConfigError(_explain(error, sources)) from None
+
+
+def settings_file(
+    config: str | Path | None, environ: Mapping[str, str] | None = None
+) -> Path | None:
+    """Return the YAML file that settings are read from, if any; see `load_settings`."""
+    named = config or (os.environ if environ is None else environ).get(ENV_CONFIG)
+    return Path(named) if named else None
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:
