@@ -39,7 +39,7 @@ def test_settings_change_under_a_running_stream(
         asked.start()
         assert eventually(lambda: bool(fake.posts), 20)
         fake.behaviour = at_once
-        file.write_text("reload_s: 0.05\nmax_body_bytes: 1000\nport: 1\n")
+        file.write_text("reload_s: 0.05\nmax_body_bytes: 1000\nmax_in_flight: 7\n")
         assert eventually(lambda: is_too_long(app), 20), app.log.read_text()
         assert "unlearn_guard_in_flight 1.0" in metrics(app), "the stream goes on meanwhile"
         file.write_text("max_body_bytes: none\n")
@@ -48,7 +48,7 @@ def test_settings_change_under_a_running_stream(
         asked.join()
         (answer,) = answers
         assert answer.content.endswith(EVENTS[-1]) and answer.content.count(EVENTS[0]) == WORDS
-        assert "takes a restart to have an effect: port" in app.log.read_text()
+        assert "takes a restart to have an effect: max_in_flight" in app.log.read_text()
 
 
 def metrics(app: Served) -> str:
