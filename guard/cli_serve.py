@@ -104,6 +104,8 @@ def _serve(session: Session, worker: _Worker | None) -> None:
             await worker.begin(app, metrics)
         await engine.start()
         await state.check_or_wait(engine, guard)
+        if (prompts := guard.guard.prompts) is not None:
+            prompts.give_back()
         give_back()  # what the checks took
 
     def started(url: str) -> None:

@@ -133,9 +133,13 @@ class EmbeddingTable:
     def sample(self, count: int) -> FloatArray:
         """Return `count` rows spread evenly over the table, as stored, shape (count, hidden)."""
         rows = self._plain(np.unique(np.linspace(0, self.rows - 1, count).astype(np.int64)))
-        if hasattr(mmap, "MADV_DONTNEED"):  # else what was read around the rows stays in memory
-            self._stored._mmap.madvise(mmap.MADV_DONTNEED)
+        self.give_back()
         return rows
+
+    def give_back(self) -> None:
+        """Let go of what was read of the file: else what lies around each row stays in memory."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._stored._mmap.madvise(mmap.MADV_DONTNEED)
 
     @cached_property
     def rms(self) -> float:

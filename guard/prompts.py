@@ -131,6 +131,10 @@ class ModelPrompts:
             )
         return cls(tokenizer, ChatTemplate.load(directory), table, config, digest)
 
+    def give_back(self) -> None:
+        """Let go of the memory that reading the embeddings has taken; see `EmbeddingTable`."""
+        self._table.give_back()
+
     # --- What the model is ---------------------------------------------------------------------
 
     @cached_property
