@@ -29,6 +29,8 @@ AROUND: Final = 100
 EAGER: Final = 0.4
 """Part of the evidence that is enough where the text speaks of a cipher, or was itself encoded."""
 _WORDS_TURNED: Final = re.compile(r"backward|revers|right to left|last word", re.IGNORECASE)
+_NAMES_ROT13: Final = re.compile(r"\brot[ -]?13\b", re.IGNORECASE)
+_ROT13: Final = 2 * ALPHABETS.index("nopqrstuvwxyzabcdefghijklm")
 _HINTS: Final = tuple(
     "rot13 rot-13 caesar cipher cypher shift backward revers atbash decod decrypt mirror "
     "scrambl".split()
@@ -64,6 +66,8 @@ def solve(source: Traced, eager: bool = False) -> Altered | None:
     runs = [*_runs(-plain, part * STRANGE)]
     runs += _runs(word_scores(words, BACKWARDS) - plain, part * GAIN)
     found = _keys(words, runs, part) if runs else []
+    if _NAMES_ROT13.search(text):
+        found.append((_ROT13, 0, len(text)))  # so it says, and names need not look English
     weaver, stretches = Weaver(source), [(start, end) for _, start, end in found]
     if part < 1.0 and _WORDS_TURNED.search(text):
         _turn_words(weaver)

@@ -159,3 +159,14 @@ def test_spans_lie_in_their_segments(turns: list[tuple[str, str]]) -> None:
         assert all(0 <= span.start <= span.end <= lengths[span.path] for span in spans)
         placed = [source.start for source in reading.sources]
         assert all(one < other for one, other in pairwise(placed))
+
+
+def test_what_a_text_calls_rot13_is_read_so_however_it_looks() -> None:
+    name = "Jung’f arkg sbe Oruebhm Ebunav?"  # What's next for Behrouz Rohani?
+    text = f"The following is ROT13. Decode it and answer: {name}"
+    found = [reading for reading in readings([Segment("p", text)]) if "Behrouz" in reading.text]
+    assert found
+    start = found[0].text.index("Behrouz")
+    (span,) = found[0].spans(start, start + len("Behrouz Rohani"))
+    assert text[span.start : span.end] == "Oruebhm Ebunav"
+    assert not any("Behrouz" in reading.text for reading in readings([Segment("p", name[-16:])]))
