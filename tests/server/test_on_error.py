@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 SETTING = "on_error"
 READERS = {
     "guard/cli_compose.py": 1,  # from the settings to the server's options
+    "guard/live_settings.py": 1,  # names it, as one that may change while serving
     "server/proxy.py": 1,  # acts on it
 }
 ROUTES: dict[str, Any] = {
