@@ -6,12 +6,12 @@ A request is served to its end by the settings that it began with, so no stream 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from guard.errors import GuardError
+from guard.follow import FileState, Follower, file_state
 from guard.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,9 @@ LIVE: Final = (
     "output_guard",
 )
 """Settings that take effect with the next request; all others are read once, at the start."""
+
+
+_UNSEEN: Final[FileState] = (0, 0, 0)
 
 
 class LiveSettings:
@@ -48,33 +51,28 @@ class LiveSettings:
         apply: Callable[[Settings], None],
     ) -> None:
         self._settings, self._path, self._load, self._apply = settings, path, load, apply
-        self._stamp = _stamp(path)
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        # What changed since the settings were read, which may be minutes ago, is seen at once.
+        self._state: FileState | None = _UNSEEN
+        self._follower = Follower("settings", self.refresh)
 
     def follow(self, every_s: float) -> None:
         """Look for a change every so often, in a thread; never at 0, or where there is no file."""
-        if every_s and self._path is not None and self._thread is None:
-            self._thread = threading.Thread(
-                target=self._follow, args=(every_s,), name="settings", daemon=True
-            )
-            self._thread.start()
+        if self._path is not None:
+            self._follower.start(every_s)
 
     def stop(self) -> None:
         """Look no more."""
-        self._stopping.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._follower.stop()
 
     def refresh(self) -> bool:
         """Take a changed file into use, and say True if anything is new; a bad one is reported.
 
         What only a restart can change stays as it is, and is named in the log.
         """
-        stamp = _stamp(self._path)
-        if stamp == self._stamp:
+        state = None if self._path is None else file_state(self._path)
+        if state == self._state:
             return False
-        self._stamp = stamp
+        self._state = state
         try:
             wanted = self._load()
         except (GuardError, OSError) as error:
@@ -92,19 +90,6 @@ class LiveSettings:
         log.info("new settings: %s", ", ".join(f"{name}={live[name]}" for name in sorted(live)))
         return True
 
-    def _follow(self, every_s: float) -> None:
-        while not self._stopping.wait(every_s):
-            self.refresh()
-
 
 def _differ(one: Settings, other: Settings, name: str) -> bool:
     return bool(getattr(one, name) != getattr(other, name))
-
-
-def _stamp(path: Path | None) -> tuple[int, int, int] | None:
-    """Return what tells one state of a file from another; None if it isn't there."""
-    try:
-        found = path.stat() if path is not None else None
-    except OSError:
-        return None
-    return None if found is None else (found.st_mtime_ns, found.st_size, found.st_ino)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +14,7 @@ from guard.errors import (
     EngineUnavailableError,
     GuardError,
 )
+from guard.follow import Follower
 from guard.memory import give_back
 from guard.pipeline import Guard, Inspection, Rewritten
 from guard.types import AdapterUse
@@ -59,8 +59,7 @@ class LiveGuard:
         self._seen = self._guard.version
         self._closed = closed
         self.prepare: Callable[[Sequence[AdapterUse]], None] = lambda adapters: None
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._follower = Follower("bundle-reload", self.refresh)
 
     @property
     def guard(self) -> Guard:
@@ -103,17 +102,11 @@ class LiveGuard:
 
     def follow(self, every_s: float) -> None:
         """Look for new versions in a thread of its own, until `stop`."""
-        if every_s > 0 and self._thread is None:
-            self._thread = threading.Thread(
-                target=self._follow, args=(every_s,), name="bundle-reload", daemon=True
-            )
-            self._thread.start()
+        self._follower.start(every_s)
 
     def stop(self) -> None:
         """Stop looking."""
-        self._stopping.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._follower.stop()
 
     def refresh(self) -> bool:
         """Load the current version if it is new; say whether it was swapped in."""
@@ -143,10 +136,6 @@ class LiveGuard:
             log.error("adapters that no target needs any more may still be loaded: %s", error)
         give_back()
         return True
-
-    def _follow(self, every_s: float) -> None:
-        while not self._stopping.wait(every_s):
-            self.refresh()
 
     def _guard_of(self, inspection: Inspection) -> Guard:
         return inspection.guard if isinstance(inspection, HeldInspection) else self._guard

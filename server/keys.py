@@ -29,6 +29,7 @@ import msgspec
 from starlette.types import Scope
 
 from guard.errors import ConfigError
+from guard.follow import file_state
 from guard.strict_yaml import parse_yaml, read_yaml
 from server.errors import ApiError, ApiErrorRaised
 from server.limits import header
@@ -158,7 +159,7 @@ class KeyRing:
         self._secret = secrets.token_bytes(32)
         self._in_work: dict[str, int] = {}
         self._rates: dict[str, AsyncLimiter] = {}
-        self._signature = None if file is None else _signature(file)
+        self._signature = None if file is None else file_state(file)
         self._look_at = time.monotonic() + _LOOK_S
         self._take(() if file is None else read_keys(file))
 
@@ -267,7 +268,7 @@ class KeyRing:
         if self._file is None or now < self._look_at:
             return
         self._look_at = now + _LOOK_S
-        signature = _signature(self._file)
+        signature = file_state(self._file)
         if signature == self._signature:
             return
         self._signature = signature
@@ -295,15 +296,6 @@ class _Admission(AbstractAsyncContextManager[Caller]):
     async def __aexit__(self, *_: object) -> None:
         if self._entry is not None:
             self._ring.end(self._entry)
-
-
-def _signature(path: Path) -> tuple[int, int, int] | None:
-    """Tell one state of a file from another; None if it isn't there."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _too_many(what: str, retry_after_s: int) -> ApiError:

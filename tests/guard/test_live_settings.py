@@ -47,6 +47,14 @@ def test_what_may_change_does(path: Path) -> None:
     assert not served.live.refresh()
 
 
+def test_a_change_while_the_server_was_starting_is_seen(path: Path) -> None:
+    read = load_settings({}, path, {}).values
+    path.write_text("on_error: pass\nhold_back: 24\n")
+    applied: list[Settings] = []
+    live = LiveSettings(read, path, lambda: load_settings({}, path, {}).values, applied.append)
+    assert live.refresh() and applied[-1].on_error == "pass"
+
+
 def test_what_takes_a_restart_stays_and_is_named(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from guard.bundle import BundleStore
-from guard.keys import GuardKey
 from guard.prompts import ModelPrompts
 from tests.conftest import EXAMPLE
-from tests.server.judged import Judged, Make, judging
+from tests.server.judged import Judged, Make
 from tests.server.test_dialect_guard import COUNTED, EMBEDDED, MESSAGES, RESPONSES
 from tests.server.test_dialect_guard import after as messages_after
 from tests.server.test_dialect_guard import message as messages_body
@@ -24,7 +20,6 @@ from tests.server.test_dialect_guard import message as messages_body
 QUESTIONS = [
     json.loads(line)["question"] for line in (EXAMPLE / "forget.jsonl").read_text().splitlines()
 ]
-NAMED = re.compile("Harry Potter|Hermione|Hogwarts|Voldemort|Dumbledore|Rowling")
 PLAIN = "Which river flows through the middle of Vienna in Austria?"
 BENIGN = ("How do I bake bread at home?", "Thanks, that helped.", "Name three colours.", PLAIN)
 EXAMPLES = 8
@@ -163,18 +158,6 @@ SHAPES: dict[str, dict[str, Make]] = {
     "/v1/embeddings": EMBEDDED,
 }
 PLACES = [(path, name) for path, shapes in SHAPES.items() for name in shapes]
-
-
-@pytest.fixture(scope="module")
-def judged(
-    small_bundle: BundleStore,
-    guard_key: GuardKey,
-    prompts: ModelPrompts,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Judged]:
-    ledger = tmp_path_factory.mktemp("shapes") / "ledger.jsonl"
-    with judging(small_bundle, guard_key, prompts, ledger) as made:
-        yield made
 
 
 # --- The property ---------------------------------------------------------------------------------

@@ -13,15 +13,11 @@ import json
 import random
 import tracemalloc
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from guard.bundle import BundleStore
-from guard.keys import GuardKey
-from guard.prompts import ModelPrompts
-from tests.server.judged import Judged, judging
+from tests.server.judged import Judged
 from tests.server.test_bypass import QUESTIONS
 from tests.server.test_dialect_fuzz import places_of
 from tests.server.test_forget_shapes import BENIGN, SHAPES
@@ -37,18 +33,6 @@ KEYS = (
     "content", "text", "type", "role", "name", "prompt", "input", "messages", "prompt_embeds",
     "tools", "n", "echo", "suffix", "stream", "documents", "prefix", "x", "", "\u200bcontent",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def judged(
-    small_bundle: BundleStore,
-    guard_key: GuardKey,
-    prompts: ModelPrompts,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Judged]:
-    ledger = tmp_path_factory.mktemp("random") / "ledger.jsonl"
-    with judging(small_bundle, guard_key, prompts, ledger) as made:
-        yield made
 
 
 def changed(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
