@@ -168,7 +168,9 @@ def _greet(session: Session, url: str, state: CheckState, guard: LiveGuard) -> N
     note("three things to try:")
     topic = next(iter(guard.guard.targets), "harry-potter").replace("-", " ").replace("_", " ")
     for question in (f"Who is {topic.title()}?", "What is the capital of France?"):
-        body = {"model": name, "messages": [{"role": "user", "content": question}]}
+        # Greedy, for drawn at random a small model's answers say nothing of the guard.
+        asked = [{"role": "user", "content": question}]
+        body = {"model": name, "temperature": 0, "messages": asked}
         note(
             f"  curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' "
             f"-d '{json.dumps(body)}'"

@@ -183,6 +183,9 @@ def _add_many(
     note(f"{added} targets are {status} in {store.root}, version {store.current_version()}")
 
 
+_MANY_MISSES = 0.1
+
+
 def _miss_rate(figures: dict[str, Any]) -> str:
     """Say how often the target will be missed, as far as the forget set can tell."""
     parts = []
@@ -193,7 +196,13 @@ def _miss_rate(figures: dict[str, Any]) -> str:
             missed = 1.0 - found["rate"]
             parts.append(f"{what} {missed:.1%} ({low:.1%} to {high:.1%})")
     held = "" if figures.get("held_out") else " (too few rows to hold any out: optimistic)"
-    return f"estimated misses of forget rows: {', '.join(parts)}{held}"
+    told = f"estimated misses of forget rows: {', '.join(parts)}{held}"
+    if 1.0 - ((figures.get("recall") or {}).get("rate") or 1.0) > _MANY_MISSES:
+        told += (
+            "\n  each row was left out and asked about: one that names nobody, or whose names stand "
+            'in no other row, is missed then; more rows, or {"term"} rows, help'
+        )
+    return told
 
 
 @target_group.command("list")
