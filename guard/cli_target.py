@@ -197,10 +197,11 @@ def _miss_rate(figures: dict[str, Any]) -> str:
             parts.append(f"{what} {missed:.1%} ({low:.1%} to {high:.1%})")
     held = "" if figures.get("held_out") else " (too few rows to hold any out: optimistic)"
     told = f"estimated misses of forget rows: {', '.join(parts)}{held}"
-    if 1.0 - ((figures.get("recall") or {}).get("rate") or 1.0) > _MANY_MISSES:
+    rate = (figures.get("recall") or {}).get("rate")
+    if rate is not None and 1.0 - rate > _MANY_MISSES:
         told += (
-            "\n  each row was left out and asked about: one that names nobody, or whose names stand "
-            'in no other row, is missed then; more rows, or {"term"} rows, help'
+            "\n  rows were left out in turn and asked about: one that names nobody, or whose names "
+            'stand in no other row, is missed then; more rows, or {"term"} rows, help'
         )
     return told
 

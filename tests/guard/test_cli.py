@@ -427,3 +427,12 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(tmp_path: Path) -> No
     assert process.returncode == 130
     assert err.startswith("interrupted")
     assert [path.name for path in tmp_path.iterdir()] == ["forget.jsonl"]
+
+
+def test_many_misses_are_explained_and_few_are_not() -> None:
+    from guard.cli_target import _miss_rate
+
+    few = {"recall": {"rate": 0.97, "interval95": [0.9, 0.99]}, "held_out": True}
+    many = {"recall": {"rate": 0.0, "interval95": [0.0, 0.1]}, "held_out": True}
+    assert "\n" not in _miss_rate(few)
+    assert "100.0% (90.0% to 100.0%)\n" in _miss_rate(many) and "names nobody" in _miss_rate(many)
