@@ -259,7 +259,7 @@ class _Alone:
         return function(*args)
 
     async def ask(self, rewritten: Rewritten) -> EngineResponse:
-        raise NotImplementedError  # `note` comes first
+        raise AssertionError("what `note` is told ends the reading, so nothing is asked for")
 
     async def note(self, hits: Sequence[TextHit], said: Said) -> None:
         raise _AskedAgainError(hits)

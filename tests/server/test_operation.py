@@ -17,7 +17,6 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-import server.proxy
 from server.access_log import ACCESS, start_logging
 from server.app import create_app
 from server.keys import hash_key
@@ -35,10 +34,6 @@ from tests.server.proxy_fakes import (
     eventually,
     live,
     running,
-)
-
-pytestmark = pytest.mark.skipif(
-    not hasattr(server.proxy, "Observer"), reason="the proxy has no Observer yet"
 )
 
 QUESTION = "Which wizard school did the boy with the lightning scar attend in Scotland?"
