@@ -25,7 +25,7 @@ from classifiers.terms import DATE, PARTICLES, STOP_WORDS, Words, find_dates, sp
 from guard.errors import ArtifactError
 from guard.types import BoolArray, FloatArray
 
-FEATURES = 5
+FEATURES = 6
 """Numbers that `LexicalReading.features` gives per window."""
 
 STRONG = 5.0
@@ -91,6 +91,7 @@ class Lexicon:
         others: Words that look like a misspelt name of the target but are something else.
         parts: Those primary terms that are parts of a full name.
         works: Titles of the target's works, each of two telling words at least.
+        associates: Terms that name what is known beside the target: an employer, a film, a town.
     """
 
     weights: Mapping[Words, float]
@@ -98,6 +99,7 @@ class Lexicon:
     others: frozenset[str] = frozenset()
     parts: frozenset[Words] = frozenset()
     works: frozenset[Words] = frozenset()
+    associates: frozenset[Words] = frozenset()
 
     def to_json(self) -> bytes:
         """Serialise; personal data, so the caller encrypts it."""
@@ -109,6 +111,7 @@ class Lexicon:
             "parts": sorted(list(term) for term in self.parts),
             "others": sorted(self.others),
             "works": sorted(list(term) for term in self.works),
+            "associates": sorted(list(term) for term in self.associates),
         }
         return json.dumps(data, ensure_ascii=False).encode()
 
@@ -126,7 +129,8 @@ class Lexicon:
             parts = frozenset(_read_term(term) for term in found.get("parts", []))
             others = frozenset(_read_words(found["others"]))
             works = frozenset(_read_term(term) for term in found.get("works", []))
-            return cls(weights, primary, others, parts, works)
+            beside = frozenset(_read_term(term) for term in found.get("associates", []))
+            return cls(weights, primary, others, parts, works, beside)
         except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise ArtifactError(f"the target's lexicon cannot be read: {error!r}") from error
 
@@ -163,6 +167,7 @@ class Match:
         primary: Targets that it names in full.
         parts: Targets of whose full name it is a rare part.
         works: Targets of whose works it is the title.
+        associates: Targets beside which it is known.
         factor: 1 for an exact match, less for a misspelt or transliterated one.
     """
 
@@ -175,6 +180,7 @@ class Match:
     primary: frozenset[int]
     parts: frozenset[int]
     works: frozenset[int]
+    associates: frozenset[int]
     factor: float
 
 
@@ -186,6 +192,7 @@ class _Node:
     primary: frozenset[int] = frozenset()
     parts: frozenset[int] = frozenset()
     works: frozenset[int] = frozenset()
+    associates: frozenset[int] = frozenset()
 
 
 class LexiconIndex:
@@ -232,6 +239,8 @@ class LexiconIndex:
                 node.parts |= {number}
             if term in lexicon.works:
                 node.works |= {number}
+            if term in lexicon.associates:
+                node.associates |= {number}
             self._words.update(term)
             joined = "".join(term)
             if len(term) > 1 and weight >= STRONG and len(joined) >= JOINED_LETTERS:
@@ -373,7 +382,7 @@ class LexiconIndex:
             if strangers:
                 owners = {n: weight for n, weight in owners.items() if n not in strangers}
         start, end = words[first][1], words[last - 1][2]
-        named = node.primary, node.parts, node.works
+        named = node.primary, node.parts, node.works, node.associates
         return Match(start, end, first, last, node.term, owners, *named, factor)
 
     def _variants(self, word: str, bare: bool) -> tuple[Variant, ...]:
@@ -413,7 +422,7 @@ class LexiconIndex:
 
 def _placed(node: _Node, start: int, end: int, factor: float) -> Match:
     """Return the match of what is no row of words: a date, or a name in another script."""
-    named = node.primary, node.parts, node.works
+    named = node.primary, node.parts, node.works, node.associates
     return Match(start, end, -1, -1, node.term, node.owners, *named, factor)
 
 
@@ -552,25 +561,30 @@ class LexicalReading:
 
         Columns: heaviest part of a name, title or other term; heaviest term that names the target
         in full; log of the summed weights of the distinct terms; number of distinct strong terms
-        (3 at most); 1 where the window names something else and not the target in full.
+        (3 at most); 1 where the window names something else and not the target in full; 1 where all
+        that points at the target is known beside it.
         """
         out = np.zeros((len(windows), FEATURES), np.float32)
         mine = self.of(target, weights)
         covered = {at for match, _ in mine for at in range(match.first, match.last)}
         foreign = [place for at, place in self.prepared.names(self._common) if at not in covered]
+        beside = _beside([match for match, _ in mine], target)
         for row, (start, end) in enumerate(windows):
             best: dict[Words, float] = {}
             full = single = 0.0
-            for match, worth in mine:
+            known = True
+            for place, (match, worth) in enumerate(mine):
                 if match.start >= start and match.end <= end:
                     best[match.term] = max(worth, best.get(match.term, 0.0))
                     full = max(full, self._full(match, target, worth))
+                    known = known and beside[place]
                     if target not in match.primary:
                         single = max(single, worth)
             if best:
                 strong = sum(worth >= STRONG * FUZZY_FACTOR for worth in best.values())
                 out[row, :4] = single, full, math.log1p(sum(best.values())), min(3, strong)
             near = bisect_left(foreign, start)
+            out[row, 5] = known and bool(best)
             out[row, 4] = not full and near < len(foreign) and foreign[near] < end
         return out
 
@@ -639,6 +653,14 @@ class LexicalReading:
         """True for a word of general English in small letters, in a text that uses capitals."""
         word, start, _ = self.words[place]
         return self.text[start].islower() and self._common(word) and not self.text.islower()
+
+
+def _beside(matches: Sequence[Match], target: int) -> list[bool]:
+    """Say which matches name what is known beside the target, or lie within such a name."""
+    names = [(match.start, match.end) for match in matches if target in match.associates]
+    return [
+        any(start <= match.start and match.end <= end for start, end in names) for match in matches
+    ]
 
 
 def _in_capitals(text: str, words: Sequence[tuple[str, int, int]], without: bool = False) -> bool:

@@ -100,7 +100,7 @@ class Held:
     """Evidence of the windows of some texts.
 
     Attributes:
-        evidence: Shape (windows, 7).
+        evidence: Shape (windows, 8).
         owners: Text of each window, shape (windows,).
         texts: Number of texts.
     """
@@ -241,7 +241,7 @@ class Study:
     def _others_evidence(
         self, kind: int, texts: list[str], segments: Segments, folds: IntArray, names: BoolArray
     ) -> FloatArray:
-        lexical = np.zeros((len(segments.owners), 5), np.float32)
+        lexical = np.zeros((len(segments.owners), LEXICAL), np.float32)
         lexical[:, 4] = names
         index = self._word_index(kind)
         holders = self._holders(kind, index)
@@ -334,7 +334,7 @@ def _lexical(
     weights: Sequence[dict[Words, float] | None],
 ) -> FloatArray:
     bounds = np.searchsorted(segments.owners, np.arange(len(texts) + 1))
-    out = np.zeros((len(segments.owners), 5), np.float32)
+    out = np.zeros((len(segments.owners), LEXICAL), np.float32)
     for number, text in enumerate(texts):
         first, last = int(bounds[number]), int(bounds[number + 1])
         windows = [(int(a), int(b)) for a, b in segments.places[first:last]]

@@ -52,6 +52,7 @@ _SHORTENED = re.compile(rf"\b(?:[{_UPPER}]|Mrs?|Ms|Dr|St|Prof)\.$")
 """Before it a full stop ends no sentence: initials and titles."""
 
 _QUOTED = re.compile(r"[\"“«]([^\"”»\n]{3,60})[\"”»]|(?<!\w)['‘]([^'’\n]{3,60})['’](?!\w)")
+_SUBTITLE = re.compile(r"[:(–—]")
 DATE = "date "
 _MONTH_NAMES = (
     "january february march april may june july august september october november december".split()
@@ -136,19 +137,28 @@ def quoted_titles(text: str) -> set[Words]:
     """Return the titles of works in a text: in quotation marks, their words in capitals.
 
     Without the small words at their ends; those of a single other word are left out, for they are
-    words like any ("It").
+    words like any ("It"). Of a long title its beginning is known, and of one with a subtitle what
+    stands before that as well: so people shorten them.
     """
     found: set[Words] = set()
     for match in _QUOTED.finditer(text):
         written = match[match.lastindex or 0]
-        words = split_words(written)
-        telling = [at for at, (word, _, _) in enumerate(words) if word not in STOP_WORDS]
-        if len(telling) < 2 or not all(_is_capital(written, words[at][1]) for at in telling):
-            continue
-        title = tuple(word for word, _, _ in words[telling[0] : telling[-1] + 1])
-        if len(title) <= MAX_TERM_WORDS:
-            found.add(title)
+        for part in {written, _SUBTITLE.split(written, maxsplit=1)[0]}:
+            title = _title(part)
+            if title:
+                found.add(title)
     return found
+
+
+def _title(written: str) -> Words:
+    """Return the words of a title, MAX_TERM_WORDS at most; none if it is no telling one."""
+    words = split_words(written)
+    telling = [at for at, (word, _, _) in enumerate(words) if word not in STOP_WORDS]
+    if len(telling) < 2 or not all(_is_capital(written, words[at][1]) for at in telling):
+        return ()
+    last = max(at for at in telling if at < telling[0] + MAX_TERM_WORDS)
+    title = tuple(word for word, _, _ in words[telling[0] : last + 1])
+    return title if last > telling[0] else ()
 
 
 def _is_capital(text: str, start: int) -> bool:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from classifiers.associates import Surroundings, known_beside
 from classifiers.background import WordIndex
 from classifiers.lexicon import Lexicon
 from classifiers.terms import (
@@ -65,6 +66,7 @@ class TermTable:
         documents: The terms of each forget text.
         given: Terms that the user gave as such.
         titles: Titles of works that the forget texts quote.
+        surroundings: How the forget texts speak of what they name.
     """
 
     texts: int
@@ -78,6 +80,7 @@ class TermTable:
     given: frozenset[Words] = frozenset()
     others: frozenset[str] = field(default=frozenset())
     titles: frozenset[Words] = frozenset()
+    surroundings: Surroundings = field(default_factory=lambda: Surroundings.of(()))
 
     @classmethod
     def count(
@@ -128,6 +131,7 @@ class TermTable:
             wanted,
             frozenset(alike - words),
             frozenset(title for text in forget for title in quoted_titles(text)),
+            Surroundings.of(forget),
         )
 
     def weight(self, term: Words, without: int | None = None, count: int | None = None) -> float:
@@ -168,7 +172,9 @@ class TermTable:
             for title in self.titles - primary
             if len(title) > 1 and chosen.get(title, 0.0) >= WORK_WEIGHT
         )
-        return Lexicon(chosen, primary, self.others, self._parts(primary), works)
+        own = works | self.given
+        beside = known_beside(chosen, primary, own, self.documents, self.surroundings)
+        return Lexicon(chosen, primary, self.others, self._parts(primary), works, beside)
 
     def _parts(self, primary: frozenset[Words]) -> frozenset[Words]:
         """Return the words of full names: they name the target while few others bear them."""
