@@ -89,9 +89,18 @@ def known_beside(
         if term not in primary
         and term not in own
         and not term[0].startswith(DATE)
-        # "Vinci" is the target's; "Kublai Khan" is somebody else's, for all that "Khan" is shared.
-        and not names >= {word for word in term if _tells(word)}
+        and not _is_own_name(term, primary, names)
     )
+
+
+def _is_own_name(term: Words, primary: Collection[Words], names: Collection[str]) -> bool:
+    """True for a part of the target's name or a longer form of it.
+
+    "Vinci" and "Stephen Edwin King" are the target's; "Kublai Khan" is somebody else's, for all
+    that "Khan" is shared.
+    """
+    words = {word for word in term if _tells(word)}
+    return words <= set(names) or any(len(name) > 1 and words >= set(name) for name in primary)
 
 
 def _tells(word: str) -> bool:

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from classifiers import fit_fusion
 from classifiers.calibrate import LEAST_SCORE
 from classifiers.evidence import (
+    BESIDE_LOGIT,
     NAMED_LOGIT,
     NAMES,
+    NEAR_ROW,
     QUOTED_LOGIT,
     SIGNS,
     TOPIC_MOST,
@@ -43,13 +45,14 @@ def evidence(draw: st.DrawFn) -> FloatArray:
     foreign = 0.0 if full else draw(st.sampled_from([0.0, 1.0]))
     cosine = draw(st.just(1.0) | st.floats(-1, 1, width=32))
     topic = draw(st.just(99.0) | st.floats(-99, 99, width=32))
-    return np.array([[cosine, topic, single, full, total, strong, foreign]], np.float32)
+    beside = 0.0 if full or not single else draw(st.sampled_from([0.0, 1.0]))
+    return np.array([[cosine, topic, single, full, total, strong, foreign, beside]], np.float32)
 
 
 @given(found=evidence(), more=st.tuples(st.floats(0, 3), st.floats(0, 3), st.integers(0, 9)))
 def test_most_is_never_exceeded(found: FloatArray, more: tuple[float, float, int]) -> None:
     score = float(fuse(found, FUSION)[0])
-    _, _, single, full, total, strong, _ = found[0].tolist()
+    _, _, single, full, total, strong, _, _ = found[0].tolist()
     worth = float(np.expm1(total))
     assert score <= most(single, full, worth, int(strong), FUSION) + 1e-4
     # The text as a whole points at least as heavily at a target as any of its windows.
@@ -61,8 +64,20 @@ def test_most_is_never_exceeded(found: FloatArray, more: tuple[float, float, int
 @given(topic=st.floats(-99, 99, width=32), cosine=st.floats(-1, 1, width=32))
 def test_without_a_term_no_topic_reaches_any_threshold(topic: float, cosine: float) -> None:
     for foreign in (0.0, 1.0):
-        found = np.array([[cosine, topic, 0, 0, 0, 0, foreign]], np.float32)
+        found = np.array([[cosine, topic, 0, 0, 0, 0, foreign, 0]], np.float32)
         assert fuse(found, FUSION)[0] < LEAST_SCORE
+
+
+@given(found=evidence())
+def test_what_is_known_beside_a_target_flags_only_near_a_forget_row(found: FloatArray) -> None:
+    free, capped = found.copy(), found.copy()
+    free[0, 7], capped[0, 7], capped[0, 3] = 0.0, 1.0, 0.0
+    free[0, 3] = 0.0
+    before, score = float(fuse(free, FUSION)[0]), float(fuse(capped, FUSION)[0])
+    if found[0, 0] < NEAR_ROW:
+        assert score == min(before, np.float32(BESIDE_LOGIT)) and score < LEAST_SCORE
+    else:
+        assert score == before
 
 
 @given(found=evidence())
@@ -107,7 +122,7 @@ def test_without_prototypes_nothing_is_near() -> None:
     assert nearest(rows, np.zeros((0, 8), np.float32)).tolist() == [-1.0, -1.0]
     assert gather(
         rows[:0], rows, np.ones(9, np.float32), 1.0, np.zeros((0, FEATURES), np.float32)
-    ).shape == (0, 7)
+    ).shape == (0, len(NAMES))
 
 
 # --- The fusion that ships, and its fit ----------------------------------------------------------
