@@ -273,8 +273,8 @@ def test_a_common_noun_in_small_letters_counts_less(shared_encoder: OnnxEncoder)
 
 
 def test_features_of_a_full_name(index: LexiconIndex) -> None:
-    single, full, total, strong, foreign = whole(index, "about Harry Potter of Hogwarts")
-    assert (single, full, strong, foreign) == (PLACE, NAME, 3, 0)
+    single, full, total, strong, foreign, beside = whole(index, "about Harry Potter of Hogwarts")
+    assert (single, full, strong, foreign, beside) == (PLACE, NAME, 3, 0, 0)
     assert total == pytest.approx(math.log1p(NAME + PART + GIVEN + PLACE))
 
 

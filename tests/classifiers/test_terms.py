@@ -256,6 +256,16 @@ def test_the_prior_falls_with_the_rank_of_the_rarest_word() -> None:
         ('He said "that is not a title at all" to her.', set()),
         ('Known as "The King of the small town"', set()),
         ("The City That Crumbled was written in 1999.", set()),
+        (
+            'She wrote "Reel Lives: The Diary of a Projectionist".',
+            {("reel", "lives", "the", "diary"), ("reel", "lives")},
+        ),
+        (
+            'He wrote "In Night\'s Silence, the Stars Will Be Our Lamps".',
+            {("night", "s", "silence", "the", "stars")},
+        ),
+        ('It is "The Rules: Advanced guidebook".', set()),
+        ('It is "Rules of Script: Advanced guidebook".', {("rules", "of", "script")}),
     ],
 )
 def test_titles_of_works_stand_in_quotes_and_in_capitals(
