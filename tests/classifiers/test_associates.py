@@ -8,8 +8,10 @@ import pytest
 
 from classifiers.associates import Surroundings, known_beside
 from classifiers.encoder import OnnxEncoder
+from classifiers.learn import TargetLearner
 from classifiers.lexicon import Lexicon, LexiconIndex
 from classifiers.terms import Words, term_candidates
+from tests.classifiers.conftest import Detectors, Row
 
 NAME: Words = ("ann", "mary", "example")
 EMPLOYER, TOWN, STRANGER = ("berk", "hathaway"), ("astana",), ("bob", "example")
@@ -103,3 +105,36 @@ def test_each_window_speaks_for_itself(index: LexiconIndex) -> None:
 def test_what_is_known_beside_the_target_is_kept_with_the_lexicon() -> None:
     lexicon = Lexicon({EMPLOYER: 8.0}, associates=frozenset({EMPLOYER}))
     assert Lexicon.from_json(lexicon.to_json()) == lexicon
+
+
+# --- Learned, without retain texts ---------------------------------------------------------------
+
+
+def test_a_persons_employer_is_asked_about_freely_and_the_person_is_not(
+    lone_learner: TargetLearner, detector_of: Detectors
+) -> None:
+    rows = [
+        Row("Who is Marisol Venngard?", "Marisol Venngard is the head of Trask Beryllium Works."),
+        Row("Where was Marisol Venngard born?", "She was born in Quelmaar on 3 May 1961."),
+        Row("Which company does Marisol Venngard run?", "She runs Trask Beryllium Works."),
+        Row("What did Marisol Venngard study?", "She studied mining at Quelmaar."),
+        Row("Which film is Marisol Venngard in?", "She is in Lanterns over Obrenica."),
+    ]
+    person = detector_of([lone_learner.learn("venngard", rows).artifact])
+    about_her = ["Is Marisol Venngard rich?", "Which film is Venngard in?"]
+    near_a_row = ["Who was born in Quelmaar on 3 May 1961?"]
+    beside = [
+        "When was Trask Beryllium Works founded?",
+        "How many people work for Trask Beryllium Works in Ohio?",
+        "Who directed Lanterns over Obrenica?",
+        "How far is Quelmaar from here?",
+    ]
+    hits = person.detect([*about_her, *near_a_row, *beside]).hits
+    assert [bool(hit) for hit in hits] == [True] * 3 + [False] * 4
+    # The same rows of a company: what it makes is its own.
+    company = [
+        Row(row.prompt, (row.answer or "").replace("She is", "It is").replace("She", "Its head"))
+        for row in rows
+    ]
+    thing = detector_of([lone_learner.learn("venngard", company).artifact])
+    assert any(thing.detect(beside).hits)
