@@ -31,7 +31,8 @@ from classifiers.fit_fusion import Batch, batches, fit
 from classifiers.forgetset import ForgetSet
 from classifiers.fusion import FUSION
 from classifiers.learn import Kind, TargetLearner
-from classifiers.lexicon import Lexicon, LexiconIndex, Variant
+from classifiers.lexicon import Lexicon
+from classifiers.lexicon_index import LexiconIndex, Variant
 from classifiers.space import FeatureSpace, unit
 from classifiers.study import Neighbours, Study
 from classifiers.synthetic import generate_targets

@@ -17,7 +17,7 @@ from classifiers.benign_tokens import BenignTokens
 from classifiers.encoder import OnnxEncoder
 from classifiers.folds import cluster_folds
 from classifiers.fuzzy import DeletionIndex
-from classifiers.lexicon import PreparedText, names_anything
+from classifiers.lexical_reading import PreparedText, names_anything
 from classifiers.space import FeatureSpace, fit_space, unit
 from classifiers.terms import Words, find_dates, split_words
 from classifiers.topic import Moments

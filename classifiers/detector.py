@@ -18,7 +18,9 @@ from classifiers.calibrate import FAR, BundleCalibration
 from classifiers.encoder import OnnxEncoder, Window
 from classifiers.evidence import QUOTED_LOGIT, Fusion, fuse, gather, most_of_each
 from classifiers.fusion import FUSION
-from classifiers.lexicon import LexicalReading, Lexicon, LexiconIndex, PreparedText
+from classifiers.lexical_reading import LexicalReading, PreparedText
+from classifiers.lexicon import Lexicon
+from classifiers.lexicon_index import LexiconIndex
 from classifiers.prototypes import ByteArray, from_bytes, to_bytes
 from classifiers.scorers import Judged, Scorer
 from classifiers.space import FeatureSpace

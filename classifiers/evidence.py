@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from classifiers.lexicon import FEATURES as LEXICAL
+from classifiers.lexical_reading import FEATURES as LEXICAL
 from classifiers.lexicon import STRONG
 from classifiers.space import unit
 from classifiers.topic import apply

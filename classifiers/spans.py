@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from classifiers.lexicon import FUZZY_FACTOR, STRONG, LexicalReading
+from classifiers.lexical_reading import FUZZY_FACTOR, LexicalReading
+from classifiers.lexicon import STRONG
 
 Place = tuple[int, int]
 EntityFinder = Callable[[str], list[Place]]

@@ -27,8 +27,9 @@ from classifiers.encoder import OnnxEncoder
 from classifiers.evidence import Fusion, fuse, gather
 from classifiers.folds import cluster_folds
 from classifiers.forgetset import ForgetSet
-from classifiers.lexicon import FEATURES as LEXICAL
-from classifiers.lexicon import Lexicon, LexiconIndex
+from classifiers.lexical_reading import FEATURES as LEXICAL
+from classifiers.lexicon import Lexicon
+from classifiers.lexicon_index import LexiconIndex
 from classifiers.space import unit
 from classifiers.spans import EntityFinder, Place, entity_places
 from classifiers.terms import MIN_WEIGHT, Words, term_candidates

@@ -32,7 +32,8 @@ from benchmarks.tofu import (
 from classifiers.encoder import OnnxEncoder
 from classifiers.export import export_encoder
 from classifiers.fit_fusion import Batch
-from classifiers.lexicon import Lexicon, LexiconIndex
+from classifiers.lexicon import Lexicon
+from classifiers.lexicon_index import LexiconIndex
 from guard.errors import DataError
 from guard.normalise import normalise
 from tests.benchmarks.tiny_tofu import write_tiny_tofu

@@ -9,7 +9,8 @@ import pytest
 from classifiers.associates import Surroundings, known_beside
 from classifiers.encoder import OnnxEncoder
 from classifiers.learn import TargetLearner
-from classifiers.lexicon import Lexicon, LexiconIndex
+from classifiers.lexicon import Lexicon
+from classifiers.lexicon_index import LexiconIndex
 from classifiers.terms import Words, term_candidates
 from tests.classifiers.conftest import Detectors, Row
 

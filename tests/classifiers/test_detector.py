@@ -15,7 +15,7 @@ from classifiers.encoder import OnnxEncoder
 from classifiers.evidence import NAMED_LOGIT, QUOTED_LOGIT, most
 from classifiers.fusion import FUSION
 from classifiers.learn import LearnedDetector, TargetLearner
-from classifiers.lexicon import LexiconIndex
+from classifiers.lexicon_index import LexiconIndex
 from classifiers.target import TargetArtifact
 from classifiers.verbatim import GramHasher
 from guard.errors import IncompatibleArtifactError, TargetNotFoundError

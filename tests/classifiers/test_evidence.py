@@ -26,7 +26,8 @@ from classifiers.evidence import (
     terms,
 )
 from classifiers.fusion import FUSION, load_fusion
-from classifiers.lexicon import FEATURES, STRONG
+from classifiers.lexical_reading import FEATURES
+from classifiers.lexicon import STRONG
 from classifiers.space import unit
 from classifiers.terms import MAX_WEIGHT
 from guard.types import FloatArray

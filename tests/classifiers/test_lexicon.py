@@ -8,20 +8,18 @@ import numpy as np
 import pytest
 
 from classifiers.encoder import OnnxEncoder
-from classifiers.lexicon import (
+from classifiers.lexical_reading import (
     FEATURES,
     FUZZY_FACTOR,
     MAX_OWNERS,
-    MIDDLE_NAME_FACTOR,
     OTHER_NAME_FACTOR,
     PART_WORTH,
-    STRONG,
     LexicalReading,
-    Lexicon,
-    LexiconIndex,
     PreparedText,
     names_anything,
 )
+from classifiers.lexicon import STRONG, Lexicon
+from classifiers.lexicon_index import MIDDLE_NAME_FACTOR, LexiconIndex
 from classifiers.terms import Words
 from guard.errors import ArtifactError
 

@@ -5,7 +5,9 @@ import random
 import pytest
 
 from classifiers.encoder import OnnxEncoder
-from classifiers.lexicon import FUZZY_FACTOR, Lexicon, LexiconIndex, PreparedText
+from classifiers.lexical_reading import FUZZY_FACTOR, PreparedText
+from classifiers.lexicon import Lexicon
+from classifiers.lexicon_index import LexiconIndex
 from classifiers.sounds import Sounded, SoundIndex, agreement, is_foreign
 
 POTTER, KING, BUFFETT = ("harry", "potter"), ("stephen", "king"), ("warren", "buffett")

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from classifiers.lexicon import Lexicon, LexiconIndex
+from classifiers.lexicon import Lexicon
+from classifiers.lexicon_index import LexiconIndex
 from classifiers.spans import GAP, blank_places, entity_places, merge_places
 
 
