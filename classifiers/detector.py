@@ -18,7 +18,7 @@ from classifiers.calibrate import FAR, BundleCalibration
 from classifiers.encoder import OnnxEncoder, Window
 from classifiers.evidence import QUOTED_LOGIT, Fusion, fuse, gather, most_of_each
 from classifiers.fusion import FUSION
-from classifiers.lexical_reading import LexicalReading, PreparedText
+from classifiers.lexical_reading import FEATURES, LexicalReading, PreparedText
 from classifiers.lexicon import Lexicon
 from classifiers.lexicon_index import LexiconIndex
 from classifiers.prototypes import ByteArray, from_bytes, to_bytes
@@ -303,14 +303,25 @@ class BundleDetector:
         return [number for _, _, number in found[:NAMED_CANDIDATES]]
 
     def _score(self, number: int, reading: LexicalReading, windows: Sequence[Window]) -> FloatArray:
+        """Return how a flagged text's windows tell of the target.
+
+        What is known beside the target tells of it there: the text is about the target.
+        """
         rows = self._space.project(self._encoder.states(windows))
-        return self._fused(number, reading, windows, rows)
+        return self._fused(number, reading, windows, rows, capped=False)
 
     def _fused(
-        self, number: int, reading: LexicalReading, windows: Sequence[Window], rows: FloatArray
+        self,
+        number: int,
+        reading: LexicalReading,
+        windows: Sequence[Window],
+        rows: FloatArray,
+        capped: bool = True,
     ) -> FloatArray:
         artifact = self._artifacts[number]
         lexical = reading.features(number, [(window.start, window.end) for window in windows])
+        if not capped:
+            lexical[:, FEATURES - 1] = 0.0
         evidence = gather(rows, self._rows[number].floats(), artifact.head, 1.0, lexical)
         return fuse(evidence, artifact.fusion or self._fusion)
 

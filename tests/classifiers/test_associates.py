@@ -132,6 +132,10 @@ def test_a_persons_employer_is_asked_about_freely_and_the_person_is_not(
     ]
     hits = person.detect([*about_her, *near_a_row, *beside]).hits
     assert [bool(hit) for hit in hits] == [True] * 3 + [False] * 4
+    # In a text that is flagged for her name the employer tells of her too.
+    asked = "When did Marisol Venngard join Trask Beryllium Works?"
+    places = person.spans(asked, "venngard")
+    assert any("Trask" in asked[start:end] for start, end in places)
     # The same rows of a company: what it makes is its own.
     company = [
         Row(row.prompt, (row.answer or "").replace("She is", "It is").replace("She", "Its head"))
