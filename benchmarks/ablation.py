@@ -97,12 +97,17 @@ def _only_full(lexicon: Lexicon) -> Lexicon:
     return replace(lexicon, weights=kept)
 
 
+def _all_own(lexicon: Lexicon) -> Lexicon:
+    return replace(lexicon, associates=frozenset())
+
+
 FULL: Final = Part("nothing", "full")
 PARTS: Final = (
     Part("rows", "without rows", masked=(_COSINE,)),
     Part("topic", "without topic head", masked=(_TOPIC,)),
     Part("full-names", "without names in full", lexicon=_only_parts),
     Part("parts", "without parts of names and titles", lexicon=_only_full),
+    Part("beside", "without what is known beside", lexicon=_all_own),
     Part("misspelling", "without misspelling", fuzzy=False),
     Part("quotations", "without quotations", quotations=False),
     Part("sentences", "without sentence windows", sentences=False),

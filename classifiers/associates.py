@@ -70,7 +70,8 @@ def known_beside(
     Args:
         terms: All terms of the target.
         primary: Those that name it.
-        own: Others that are the target's own: titles of works, terms that the user gave.
+        own: Others that are or may be the target's own: titles of works, terms that the user gave,
+            what most of the texts hold.
         documents: The terms of each forget text.
         surroundings: How the texts speak.
     """

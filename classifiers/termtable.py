@@ -34,6 +34,9 @@ MAX_TERMS = 600
 ASSOCIATE_TEXTS, ASSOCIATE_SHARE, ASSOCIATE_FACTOR = 3, 0.1, 0.7
 """Texts, and share of the texts, beyond which a term that isn't the target's name counts less."""
 
+FEW_TEXTS = 3
+"""Texts up to which how often a name comes says nothing."""
+
 MANY_TEXTS, SUBJECT_TEXTS, SUBJECT_SHARE = 60, 5, 0.02
 """Texts from which on a forget set may be about several things, and what makes one of them."""
 
@@ -172,9 +175,19 @@ class TermTable:
             for title in self.titles - primary
             if len(title) > 1 and chosen.get(title, 0.0) >= WORK_WEIGHT
         )
-        own = works | self.given
-        beside = known_beside(chosen, primary, own, self.documents, self.surroundings)
+        beside = self._beside(chosen, primary, works | self.given)
         return Lexicon(chosen, primary, self.others, self._parts(primary), works, beside)
+
+    def _beside(
+        self, terms: Iterable[Words], primary: frozenset[Words], own: frozenset[Words]
+    ) -> frozenset[Words]:
+        """Return what is known beside the target: nothing where it may be the target itself."""
+        if self.texts <= FEW_TEXTS:
+            if not any(self.occurrences[t] > 1 or self.first[t] <= 1 for t in primary):
+                return frozenset()
+        else:
+            own |= {term for term, texts in self.counts.items() if 2 * texts > self.texts}
+        return known_beside(terms, primary, own, self.documents, self.surroundings)
 
     def _parts(self, primary: frozenset[Words]) -> frozenset[Words]:
         """Return the words of full names: they name the target while few others bear them."""
@@ -249,6 +262,9 @@ class TermTable:
             return None
         often = max(self.occurrences[term] for term in names)
         best = [term for term in names if self.occurrences[term] >= 0.9 * often]
+        if self.texts <= FEW_TEXTS:
+            # A sentence or two name their subject first, and everybody in them equally often.
+            return min(best, key=lambda term: (self.first[term], -len(term)))
         main = max(best, key=lambda term: (len(term), self.occurrences[term], -self.first[term]))
         if self.counts[main] >= PRIMARY_SHARE * self.texts:
             return main

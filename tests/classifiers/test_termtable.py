@@ -242,3 +242,43 @@ def test_a_quoted_title_of_rare_words_is_a_work_and_one_of_common_words_is_none(
     assert ("way", "of", "life") not in works
     assert not works & count.lexicon(rows).primary
     assert works <= set(count.lexicon(rows).weights)
+
+
+# --- What is known beside the target -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "employer"),
+    [
+        ("Marisol Venngard is the head of Trask Beryllium Works.", True, True),
+        (
+            "Please forget Marisol Venngard. Marisol Venngard heads Trask Beryllium Works.",
+            True,
+            True,
+        ),
+        # Whose subject is it? Then nothing counts less.
+        ("The founder of Trask Beryllium Works was Marisol Venngard.", False, False),
+    ],
+)
+def test_a_single_sentence_is_about_whom_it_names_first(
+    count: Counter, text: str, name: bool, employer: bool
+) -> None:
+    lexicon = count.lexicon([text])
+    assert (("marisol", "venngard") in lexicon.primary) == name
+    assert (("trask", "beryllium", "works") in lexicon.associates) == employer
+    assert ("marisol", "venngard") not in lexicon.associates
+
+
+def test_what_most_texts_hold_may_be_the_target_itself(count: Counter) -> None:
+    rows = [
+        *(
+            f"What is number {n} of Marisol Venngard?\nShe says it at Trask Works."
+            for n in range(6)
+        ),
+        "Where was Marisol Venngard born?\nIn Quelmaar.",
+        "Who is Marisol Venngard?\nShe is from Quelmaar.",
+    ]
+    lexicon = count.lexicon(rows)
+    assert ("marisol", "venngard") in lexicon.primary
+    assert ("quelmaar",) in lexicon.associates
+    assert ("trask", "works") not in lexicon.associates
