@@ -135,8 +135,12 @@ def decode_body(body: bytes) -> dict[str, Any]:
     Raises:
         RequestError: If it is anything else, or holds the reserved token.
     """
-    raw = _decode(body)
-    _check_tree(raw)
+    text = _text(body)
+    raw = _decode(text)
+    if _is_plain(text):
+        _check_reserved(text)
+    else:
+        _check_tree(raw)
     return raw
 
 
@@ -205,14 +209,17 @@ def replace_contents(
 # --- JSON -----------------------------------------------------------------------------------------
 
 
-def _decode(body: bytes) -> dict[str, Any]:
+def _text(body: bytes) -> str:
     # A body of nothing but brackets costs a hundred times its size; no conversation has as many.
     if body.count(b"{") + body.count(b"[") > MAX_BRACKETS or body.count(b",") > MAX_COMMAS:
         raise _bad_json("it holds too many objects, arrays or values")
     try:
-        text = body.decode("utf-8")
+        return body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _bad_json(f"not UTF-8 (byte {error.start})") from None
+
+
+def _decode(text: str) -> dict[str, Any]:
     try:
         raw = _JSON.decode(text)
     except json.JSONDecodeError as error:
@@ -270,6 +277,15 @@ def _without(
     return {name: raw[name] for name in kept}, msgspec.json.encode(kept)
 
 
+def _is_plain(text: str) -> bool:
+    r"""Say if `_check_tree` could only find the reserved token, and that in the text as it stands.
+
+    Nothing lies deeper than there are brackets. UTF-8 holds no half of a surrogate pair, and but
+    for `\u` no escape stands for one, or for a sign of the token.
+    """
+    return "\\u" not in text and text.count("{") + text.count("[") <= MAX_DEPTH
+
+
 def _check_tree(raw: dict[str, Any]) -> None:
     """Refuse depth, lone surrogates and the reserved token, wherever they stand."""
     stack: list[tuple[Any, int]] = [(raw, 1)]
@@ -290,6 +306,10 @@ def _check_tree(raw: dict[str, Any]) -> None:
 def _check_text(text: str) -> None:
     if not text.isascii() and _SURROGATE.search(text):
         raise _bad_json("a string holds half of a surrogate pair")
+    _check_reserved(text)
+
+
+def _check_reserved(text: str) -> None:
     if RESERVED_TOKEN in text:
         message = f"text may not hold the reserved token {RESERVED_TOKEN}; leave it out"
         raise RequestError(message, code="invalid_value")

@@ -191,11 +191,12 @@ class KeyRing:
         if entry is None:
             return None, Caller()
         self._begin(entry)
-        try:
-            await self._spend(entry)
-        except BaseException:
-            self.end(entry)
-            raise
+        if entry.requests_per_minute is not None:
+            try:
+                await self._spend(entry, entry.requests_per_minute)
+            except BaseException:
+                self.end(entry)
+                raise
         return entry, Caller(entry.name, entry.max_body_bytes)
 
     def _begin(self, entry: KeyEntry) -> None:
@@ -211,10 +212,7 @@ class KeyRing:
         if left:
             self._in_work[entry.name] = left
 
-    async def _spend(self, entry: KeyEntry) -> None:
-        rate = entry.requests_per_minute
-        if rate is None:
-            return
+    async def _spend(self, entry: KeyEntry, rate: int) -> None:
         limiter = self._rates.get(entry.name)
         if limiter is None or limiter.max_rate != rate:
             from aiolimiter import AsyncLimiter
@@ -253,7 +251,7 @@ class KeyRing:
         return entry
 
     def _tag(self, word: str) -> bytes:
-        return hmac.digest(self._secret, word.encode(), "sha256")
+        return hashlib.blake2b(word.encode(), key=self._secret, digest_size=32).digest()
 
     def _take(self, listed: tuple[KeyEntry, ...]) -> None:
         entries = (*self._plain, *listed)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -48,16 +46,16 @@ class Lifecycle:
         else:
             self._until = time.monotonic() + self.drain_s
 
-    @contextmanager
-    def in_work(self) -> Iterator[None]:
-        """Let the running task be cancelled by `cut`."""
+    def begin(self) -> asyncio.Task[Any]:
+        """Let the running task be cancelled by `cut`, until `end`."""
         task = asyncio.current_task()
         assert task is not None  # called in a coroutine
         self._in_work.add(task)
-        try:
-            yield
-        finally:
-            self._in_work.discard(task)
+        return task
+
+    def end(self, task: asyncio.Task[Any]) -> None:
+        """Let a task not be cancelled any more."""
+        self._in_work.discard(task)
 
     def cut(self) -> None:
         """Cancel what is in work; call in the event loop."""

@@ -8,18 +8,20 @@ import hmac
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
+from server.deadline import Deadline
 from server.errors import ApiError, ApiErrorRaised, ClientGone, overloaded, send_error
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _HEADERS = "unlearn_guard.headers"
+_JSON = "application/json"
 NICER = 10
 """Steps of priority that threads which give way are below the event loop."""
 
@@ -67,9 +69,7 @@ class BearerKeys:
 
 def check_content_type(scope: Scope) -> None:
     """Raise the 415 unless the body says that it is plain JSON."""
-    media, *params = [part.strip().lower() for part in _type(scope).split(";")]
-    charset = [param for param in params if param.startswith("charset")]
-    if media != "application/json" or any("utf-8" not in param for param in charset):
+    if not _is_json(header(scope, b"content-type") or ""):
         message = "the body must be sent as 'Content-Type: application/json', in UTF-8"
         raise ApiErrorRaised(ApiError(415, message, code="unsupported_media_type"))
     if (header(scope, b"content-encoding") or "identity").lower() != "identity":
@@ -77,12 +77,29 @@ def check_content_type(scope: Scope) -> None:
         raise ApiErrorRaised(ApiError(415, message, code="unsupported_media_type"))
 
 
-def _type(scope: Scope) -> str:
-    return header(scope, b"content-type") or ""
+def _is_json(content_type: str) -> bool:
+    if content_type == _JSON:
+        return True
+    media, *params = [part.strip().lower() for part in content_type.split(";")]
+    charset = [param for param in params if param.startswith("charset")]
+    return media == _JSON and all("utf-8" in param for param in charset)
 
 
-async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: float) -> bytes:
+async def read_body(
+    scope: Scope,
+    receive: Receive,
+    max_bytes: int,
+    timeout_s: float,
+    deadline: Deadline | None = None,
+) -> bytes:
     """Read a request's body, never more than `max_bytes` of it.
+
+    Args:
+        scope: The request's.
+        receive: The ASGI callable.
+        max_bytes: Longest body.
+        timeout_s: For all of it to arrive.
+        deadline: The request's own, to be used again.
 
     Raises:
         ApiErrorRaised: 413 above the limit, 408 when it takes too long.
@@ -91,26 +108,34 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: f
     declared = header(scope, b"content-length") or "0"
     if not declared.isdecimal() or len(declared) > 18 or int(declared) > max_bytes:
         raise ApiErrorRaised(_too_large(max_bytes))
-    chunks: list[bytes] = []
-    size = 0
+    limit = deadline or Deadline()
     try:
-        async with asyncio.timeout(timeout_s):
-            more = True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                chunk = message.get("body", b"")
-                size += len(chunk)
-                if size > max_bytes:
-                    raise ApiErrorRaised(_too_large(max_bytes))
-                chunks.append(chunk)
-                more = message.get("more_body", False)
+        with limit.within(timeout_s):
+            return await _body(receive, max_bytes)
     except TimeoutError:
         text = f"the body did not arrive within {timeout_s:g} s; send it faster"
         error = ApiError(408, text, code="request_timeout", close=True)
         raise ApiErrorRaised(error) from None
-    return b"".join(chunks)
+    finally:
+        if deadline is None:
+            limit.close()
+
+
+async def _body(receive: Receive, max_bytes: int) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > max_bytes:
+            raise ApiErrorRaised(_too_large(max_bytes))
+        chunks.append(chunk)
+        more = message.get("more_body", False)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def _too_large(max_bytes: int) -> ApiError:
@@ -201,7 +226,7 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, thread, min(nice + NICER, 19))
 
 
-def pick_headers(scope: Scope, names: Sequence[str]) -> dict[str, str]:
+def pick_headers(scope: Scope, names: Iterable[bytes]) -> dict[str, str]:
     """Return the request's headers that are on a list."""
-    found = {name: header(scope, name.encode()) for name in names}
+    found = {name.decode(): header(scope, name) for name in names}
     return {name: value for name, value in found.items() if value is not None}

@@ -183,7 +183,9 @@ class Observation:
         }
         if self._trace is not None:
             line["trace_id"] = self._trace.trace_id
-        return line | {f"{name}_ms": round(1000 * took, 3) for name, took in self._took.items()}
+        for name, took in self._took.items():
+            line[f"{name}_ms"] = int(took * 1e6 + 0.5) / 1e3  # `round` takes four times as long
+        return line
 
 
 class _Timed:

@@ -41,6 +41,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._accepted_at: float | None = None
         self._header_timer: asyncio.TimerHandle | None = None
+        self._has_begun = False  # a request, whose headers are not complete
         self._watchers: set[Callable[[], object]] = set()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -58,8 +59,14 @@ class LimitedProtocol(HttpToolsProtocol):
         for watcher in tuple(self._watchers):
             watcher()
 
+    def data_received(self, data: bytes) -> None:
+        """Read on; start the clock for headers that did not come at once."""
+        super().data_received(data)
+        if self._has_begun and self._header_timer is None:
+            self._arm()
+
     def on_message_begin(self) -> None:
-        """Start the clock for a request's headers."""
+        """Begin a request."""
         super().on_message_begin()
         state = self.scope["state"]
         state[RECEIVED_AT] = time.perf_counter()
@@ -67,7 +74,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._accepted_at is not None:
             state[ACCEPTED_AT], self._accepted_at = self._accepted_at, None
         self._header_bytes = 0
-        self._arm()
+        self._has_begun = True
+        self._disarm()
 
     def on_url(self, url: bytes) -> None:
         """Count the bytes of the request line."""
@@ -81,6 +89,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Stop the clock."""
+        self._has_begun = False
         self._disarm()
         super().on_headers_complete()
 
@@ -101,7 +110,6 @@ class LimitedProtocol(HttpToolsProtocol):
             raise _HeadersTooLarge
 
     def _arm(self) -> None:
-        self._disarm()
         self._header_timer = self.loop.call_later(self.header_timeout_s, self._late)
 
     def _disarm(self) -> None:

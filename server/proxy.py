@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from starlette.types import Message, Receive, Scope, Send
@@ -15,6 +16,7 @@ from guard.errors import EngineError, StageError
 from guard.request import ParsedRequest, parse_request
 from guard.rewrite import StandIn
 from guard.types import AdapterUse, Route, TextHit
+from server.deadline import Deadline
 from server.engines.base import Engine, EngineResponse
 from server.errors import (
     ApiError,
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-REQUEST_HEADERS: Final = ("accept", "x-request-id", "traceparent", "tracestate")
+REQUEST_HEADERS: Final = (b"accept", b"x-request-id", b"traceparent", b"tracestate")
 REWRITING: Final = ("corrupt", "adapt", "corrupt+adapt")
 """Routes on which the guard rewrites the request or has adapters answer it."""
 
@@ -167,6 +169,7 @@ class _Exchange:
         self._begun = time.perf_counter()
         self._started = False
         self._finished = False
+        self._deadline = Deadline()
 
     async def send(self, message: Message) -> None:
         self._started = True
@@ -183,6 +186,8 @@ class _Exchange:
             return _CLIENT_LEFT
         except Exception as error:
             return await self._fail(error)
+        finally:
+            self._deadline.close()
 
     async def _fail(self, error: Exception) -> int:
         answer = to_api_error(error)
@@ -207,28 +212,18 @@ class _Exchange:
         if self.proxy.in_flight > options.max_in_flight:
             raise ApiErrorRaised(overloaded())
         check_content_type(self.scope)
-        with self._cuttable(), self.observation.stage("body"):
-            body = await read_body(self.scope, self.receive, max_body_bytes, options.body_timeout_s)
+        with _Cuttable(self.proxy.lifecycle), self.observation.stage("body"):
+            body = await read_body(
+                self.scope, self.receive, max_body_bytes, options.body_timeout_s, self._deadline
+            )
         self.observation.bytes_in = len(body)
         watchers = (self.scope.get("state") or {}).get(WATCHERS)
         work = self._in_work(body)
         return await until_gone(self.receive, work, lambda: self._finished, watchers)
 
     async def _in_work(self, body: bytes) -> int:
-        with self._cuttable():
+        with _Cuttable(self.proxy.lifecycle):
             return await self._guarded(body)
-
-    @contextmanager
-    def _cuttable(self) -> Iterator[None]:
-        """Let the end of the server be told instead of an answer."""
-        lifecycle = self.proxy.lifecycle
-        try:
-            with lifecycle.in_work():
-                yield
-        except asyncio.CancelledError:
-            if lifecycle.is_cut:
-                raise ApiErrorRaised(server_ends()) from None
-            raise
 
     async def _guarded(self, body: bytes) -> int:
         inspection = await self._inspect(body)
@@ -244,7 +239,7 @@ class _Exchange:
                 )
             )
         if inspection is None:
-            return await self._relay(await self.post(parsed.body))
+            return await self._relay(await self.post(parsed.body, self._deadline))
         return await self._decided(inspection, inspection.request.body)
 
     def _parsed(self, body: bytes) -> ParsedRequest:
@@ -310,12 +305,13 @@ class _Exchange:
         if self.route not in REWRITING:
             await self._equalised()
             if self.route == "pass":
-                return await self.post(body), ()
+                return await self.post(body, self._deadline), ()
             raise ApiErrorRaised(content_refused())
         with self.observation.stage("rewrite"):
             rewritten = await self.proxy.workers.run(self.proxy.guard.rewrite, inspection)
         await self._equalised()
-        return await self.post(rewritten.body, rewritten.adapters), rewritten.stand_ins
+        response = await self.post(rewritten.body, self._deadline, rewritten.adapters)
+        return response, rewritten.stand_ins
 
     async def _equalised(self) -> None:
         """Wait until the guard's own time is the same for all requests."""
@@ -355,16 +351,18 @@ class _Exchange:
             self.proxy.metrics.failures.labels("ledger").inc()
             raise ApiErrorRaised(guard_failed()) from error
 
-    async def post(self, body: bytes, adapters: Sequence[AdapterUse] = ()) -> EngineResponse:
+    async def post(
+        self, body: bytes, deadline: Deadline, adapters: Sequence[AdapterUse] = ()
+    ) -> EngineResponse:
         """Send a request to the engine and wait for its answer to begin."""
         headers = pick_headers(self.scope, REQUEST_HEADERS)
         if self.options.forward_authorization:
             # A client without one must not be let in by our own key.
-            headers |= {"authorization": "", **pick_headers(self.scope, ("authorization",))}
+            headers |= {"authorization": "", **pick_headers(self.scope, (b"authorization",))}
         headers["content-type"] = "application/json"
         with self.observation.stage("upstream"):
             headers |= self.observation.headers()
-            async with asyncio.timeout(self.options.engine_timeout_s):
+            with deadline.within(self.options.engine_timeout_s):
                 response = await self.proxy.engine.post(self.endpoint, body, headers, adapters)
         # A redirect, or our own key refused, is a fault of this set-up and not of the client.
         ours = response.status in (401, 403) and not self.options.forward_authorization
@@ -378,7 +376,9 @@ class _Exchange:
             if replaced and response.status >= 400:
                 return await relay_refusal(response, self.send, self.options.idle_timeout_s)
             lifecycle, timeout_s = self.proxy.lifecycle, self.options.idle_timeout_s
-            return await relay(response, self.send, timeout_s, lambda: lifecycle.is_cut)
+            return await relay(
+                response, self.send, timeout_s, lambda: lifecycle.is_cut, self._deadline
+            )
         finally:
             await response.aclose()
 
@@ -400,7 +400,9 @@ class _Around:
 
     async def ask(self, rewritten: Rewritten) -> EngineResponse:
         """Send the request for the rest of an answer."""
-        response = await self._exchange.post(rewritten.body, rewritten.adapters)
+        # Not the request's own: that one limits the wait for the answer that is asked for again.
+        with closing(Deadline()) as deadline:
+            response = await self._exchange.post(rewritten.body, deadline, rewritten.adapters)
         if response.status != 200:
             await response.aclose()
             raise EngineError(f"the engine answered with status {response.status}")
@@ -412,6 +414,28 @@ class _Around:
         self._proxy.metrics.remakes.labels(outcome).inc()
         answers = self._proxy.guard.answers(self._inspection)
         await self._exchange.recorded(answers.record, hits, said)
+
+
+class _Cuttable:
+    """Lets the end of the server be told instead of an answer."""
+
+    __slots__ = ("_lifecycle", "_task")
+
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        self._lifecycle = lifecycle
+
+    def __enter__(self) -> None:
+        self._task = self._lifecycle.begin()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lifecycle.end(self._task)
+        if kind is asyncio.CancelledError and self._lifecycle.is_cut:
+            raise ApiErrorRaised(server_ends()) from None
 
 
 def _wants_usage(raw: Mapping[str, Any]) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Coroutine
-from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from starlette.types import Receive, Send
 
+from server.deadline import Deadline
 from server.engines.base import EngineResponse
 from server.errors import (
     ApiError,
@@ -49,6 +49,7 @@ async def relay(
     send: Send,
     idle_timeout_s: float,
     is_cut: Callable[[], bool] = lambda: False,
+    deadline: Deadline | None = None,
 ) -> int:
     """Send an engine's answer on.
 
@@ -56,81 +57,97 @@ async def relay(
     event stream ends with an error event; anything else (and a stream cut inside an event) is left
     unfinished, so that the connection breaks and no client takes the part for the whole.
 
+    Args:
+        response: The answer.
+        send: The ASGI callable.
+        idle_timeout_s: For engine and client, each time; a client that does not read for that
+            long is taken to be gone.
+        is_cut: Says whether the server ends.
+        deadline: The request's own, to be used again.
+
     Returns:
         The status that was sent.
     """
-    headers = response_headers(response)
-    start = {"type": "http.response.start", "status": response.status, "headers": headers}
-    is_stream = any(
-        name == b"content-type" and value.startswith(b"text/event-stream")
-        for name, value in headers
-    )
-    tail = b"\n\n"
-    await send(start)
+    pieces = _Pieces(response, send, idle_timeout_s, deadline or Deadline())
+    await pieces.begin()
     try:
-        async with _Patience(idle_timeout_s) as patience:
-            async for chunk in response.chunks:
-                if chunk:
-                    tail = (tail + chunk)[-4:] if len(chunk) < 4 else chunk[-4:]
-                    patience.client()
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                patience.engine()
+        await pieces.relay()
     except ClientGone:
         raise
     except (Exception, asyncio.CancelledError) as error:
         failure = _failure(error, is_cut())
-        if not (is_stream and tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))):
-            return response.status
-        await _deliver(send, failure.event(), idle_timeout_s)
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if pieces.can_be_told:
+            await _deliver(send, failure.event(), idle_timeout_s)
+            await pieces.end()
+    finally:
+        if deadline is None:
+            pieces.deadline.close()
     return response.status
 
 
-class _Patience:
-    """Waits for engine and client in turn, for so long at a time and up to a tenth longer.
+class _Pieces:
+    """An answer on its way to the client.
 
-    One timer for a whole answer: one for each of its pieces would take longer than to send it. A
-    client that does not read for that long is taken to be gone.
+    Attributes:
+        deadline: Limits each wait, for the engine and for the client.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds, self._loop = seconds, asyncio.get_running_loop()
-        self._until = self._loop.time() + seconds
-        self._timeout = asyncio.timeout_at(self._until + seconds / 10)
-        self._is_sending = False
-
-    async def __aenter__(self) -> _Patience:
-        await self._timeout.__aenter__()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+    def __init__(
+        self, response: EngineResponse, send: Send, timeout_s: float, deadline: Deadline
     ) -> None:
+        self._response, self._send, self._timeout_s = response, send, timeout_s
+        self.deadline = deadline
+        self._headers = response_headers(response)
+        found = dict(self._headers)
+        self._is_stream = found.get(b"content-type", b"").startswith(b"text/event-stream")
+        length = found.get(b"content-length", b"")
+        self._left = int(length) if length.isdigit() else -1  # no length: never 0
+        self._tail = b"\n\n"
+        self._has_ended = False
+
+    @property
+    def can_be_told(self) -> bool:
+        """Whether an event can follow: of an event stream that is not within another one."""
+        between = self._tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
+        return self._is_stream and between and not self._has_ended
+
+    async def begin(self) -> None:
+        """Send the head."""
+        status, headers = self._response.status, self._headers
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def relay(self) -> None:
+        """Send each piece as it comes, and the end."""
+        is_sending = False
         try:
-            await self._timeout.__aexit__(kind, error, trace)
+            with self.deadline.within(self._timeout_s):
+                async for chunk in self._response.chunks:
+                    is_sending = True
+                    self.deadline.within(self._timeout_s)
+                    await self._piece(chunk)
+                    is_sending = False
+                    self.deadline.within(self._timeout_s)
         except TimeoutError:
-            if self._is_sending:
+            if is_sending:
                 raise ClientGone from None
             raise
+        if not self._has_ended:
+            await self.end()
 
-    def client(self) -> None:
-        """Wait for the client from now on."""
-        self._is_sending = True
-        self._begin()
+    async def _piece(self, chunk: bytes) -> None:
+        """Send a piece; the last of an answer whose length is known is its end, too."""
+        if not chunk:
+            return
+        self._tail = (self._tail + chunk)[-4:] if len(chunk) < 4 else chunk[-4:]
+        self._left -= len(chunk)
+        self._has_ended = self._left == 0
+        more = not self._has_ended
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
 
-    def engine(self) -> None:
-        """Wait for the engine from now on."""
-        self._is_sending = False
-        self._begin()
-
-    def _begin(self) -> None:
-        until = self._loop.time() + self._seconds
-        if until > self._until + self._seconds / 10:
-            self._until = until
-            self._timeout.reschedule(until + self._seconds / 10)
+    async def end(self) -> None:
+        """Send the end."""
+        self._has_ended = True
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _failure(error: BaseException, is_cut: bool) -> ApiError:

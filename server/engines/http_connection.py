@@ -188,9 +188,9 @@ class Connection(asyncio.Protocol):
     async def _write(self, answer: Answer, head: bytes, body: bytes) -> None:
         """Send a long body in pieces, between which others have their turn."""
         self._is_writing = True
-        view = memoryview(body)
-        pieces = [head, *(view[start : start + _PIECE] for start in range(0, len(body), _PIECE))]
-        for piece in pieces:
+        view = memoryview(head + body)
+        for start in range(0, len(view), _PIECE):
+            piece = view[start : start + _PIECE]
             if answer.has_begun or self._transport is None:  # it wants no more, or is gone
                 return
             self._transport.write(piece)

@@ -181,14 +181,15 @@ class VllmEngine:
             EngineTimeoutError: vLLM did not answer in time.
             EngineError: An adapter can't be loaded.
         """
-        allowed = {k.lower(): v for k, v in headers.items() if k.lower() in REQUEST_HEADERS}
+        lowered = {name.lower(): value for name, value in headers.items()}
+        allowed = {name: value for name, value in lowered.items() if name in REQUEST_HEADERS}
+        if not adapters:
+            return await self._exchange(path, body, allowed)
 
         async def exchange(sent: bytes) -> EngineResponse:
             return await self._exchange(path, sent, allowed)
 
-        if adapters:
-            return await self._adapters.answer(body, adapters, exchange)
-        return await exchange(body)
+        return await self._adapters.answer(body, adapters, exchange)
 
     async def _exchange(self, path: str, body: bytes, allowed: Mapping[str, str]) -> EngineResponse:
         answer = await self._send("POST", path, body, allowed)
