@@ -194,7 +194,8 @@ class Guard:
         """
         request = parse_request(endpoint, body, self.images)
         if not self.targets:
-            request.segments(self._detokenise)  # raises where `inspect` would
+            if request.has_token_ids:
+                request.segments(self._detokenise)  # raises where `inspect` would
             return Inspection(request, NOTHING)
         view = self._view(request)
         decision = self._light_decision(view)

@@ -91,6 +91,13 @@ class ParsedRequest:
             for part in message.content
         )
 
+    @property
+    def has_token_ids(self) -> bool:
+        """Whether texts of it are told by tokens' ids."""
+        content = self.content
+        told = isinstance(content, CompletionBody) and not isinstance(content.prompt, str)
+        return told or bool(content.logit_bias)
+
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts of a completion request: one, or as many as the list holds."""
         if isinstance(self.content, ChatBody):

@@ -76,12 +76,13 @@ async def relay(
         raise
     except (Exception, asyncio.CancelledError) as error:
         failure = _failure(error, is_cut())
-        if pieces.can_be_told:
-            await _deliver(send, failure.event(), idle_timeout_s)
-            await pieces.end()
+        if not pieces.can_be_told:
+            return response.status
+        await _deliver(send, failure.event(), idle_timeout_s)
     finally:
         if deadline is None:
             pieces.deadline.close()
+    await pieces.end()
     return response.status
 
 
@@ -98,18 +99,15 @@ class _Pieces:
         self._response, self._send, self._timeout_s = response, send, timeout_s
         self.deadline = deadline
         self._headers = response_headers(response)
-        found = dict(self._headers)
-        self._is_stream = found.get(b"content-type", b"").startswith(b"text/event-stream")
-        length = found.get(b"content-length", b"")
-        self._left = int(length) if length.isdigit() else -1  # no length: never 0
+        kind = dict(self._headers).get(b"content-type", b"")
+        self._is_stream = kind.startswith(b"text/event-stream")
         self._tail = b"\n\n"
-        self._has_ended = False
 
     @property
     def can_be_told(self) -> bool:
         """Whether an event can follow: of an event stream that is not within another one."""
         between = self._tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
-        return self._is_stream and between and not self._has_ended
+        return self._is_stream and between
 
     async def begin(self) -> None:
         """Send the head."""
@@ -117,36 +115,28 @@ class _Pieces:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def relay(self) -> None:
-        """Send each piece as it comes, and the end."""
+        """Send each piece as it comes."""
         is_sending = False
         try:
             with self.deadline.within(self._timeout_s):
                 async for chunk in self._response.chunks:
-                    is_sending = True
-                    self.deadline.within(self._timeout_s)
-                    await self._piece(chunk)
-                    is_sending = False
+                    if chunk:
+                        is_sending = True
+                        await self._piece(chunk)
+                        is_sending = False
                     self.deadline.within(self._timeout_s)
         except TimeoutError:
             if is_sending:
                 raise ClientGone from None
             raise
-        if not self._has_ended:
-            await self.end()
 
     async def _piece(self, chunk: bytes) -> None:
-        """Send a piece; the last of an answer whose length is known is its end, too."""
-        if not chunk:
-            return
         self._tail = (self._tail + chunk)[-4:] if len(chunk) < 4 else chunk[-4:]
-        self._left -= len(chunk)
-        self._has_ended = self._left == 0
-        more = not self._has_ended
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
+        self.deadline.within(self._timeout_s)
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def end(self) -> None:
         """Send the end."""
-        self._has_ended = True
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
