@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +90,9 @@ class Running:
 
 
 @contextmanager
-def running(arms: Arms, work: Path, cores: Cores, progress: Progress) -> Iterator[Running]:
+def running(
+    arms: Arms, work: Path, cores: Cores, progress: Progress, only: Collection[str] | None = None
+) -> Iterator[Running]:
     """Start everything, one after another, and stop it when the block ends.
 
     Args:
@@ -98,6 +100,7 @@ def running(arms: Arms, work: Path, cores: Cores, progress: Progress) -> Iterato
         work: Folder for logs and made files.
         cores: Where servers, and client and mock, run.
         progress: Told how far it is.
+        only: Kinds that are started beside the mock; None is all.
 
     Raises:
         EngineError: If something doesn't start.
@@ -109,7 +112,7 @@ def running(arms: Arms, work: Path, cores: Cores, progress: Progress) -> Iterato
         stack.enter_context(mock)
         mock.wait()
         found = Running(port, [Arm(DIRECT, port, None, "direct")])
-        plans = list(_plans(arms, work, port))
+        plans = [plan for plan in _plans(arms, work, port) if only is None or plan[1] in only]
         for number, (name, kind, words, ready, environ) in enumerate(plans):
             progress("serve: starting", number, len(plans))
             own = free_port()

@@ -131,7 +131,7 @@ class Server:
     def cpu_ns(self) -> int:
         """Return the time on a CPU of all its threads, its children's too, in nanoseconds."""
         found = 0
-        for pid in self._pids():
+        for pid in self.pids():
             for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
                 with suppress(OSError, IndexError, ValueError):
                     found += int(task.read_text().split()[0])
@@ -140,20 +140,21 @@ class Server:
     def rss_mb(self) -> float:
         """Return the memory that it holds, its children's too, in MB."""
         pages = 0
-        for pid in self._pids():
+        for pid in self.pids():
             with suppress(OSError, IndexError, ValueError):
                 pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
     def maps(self, library: str) -> bool:
         """Say whether a library lies in its memory, e.g. `torch`: it, or a file in its folder."""
-        for pid in self._pids():
+        for pid in self.pids():
             with suppress(OSError):
                 if f"/{library}/" in Path(f"/proc/{pid}/maps").read_text():
                     return True
         return False
 
-    def _pids(self) -> list[int]:
+    def pids(self) -> list[int]:
+        """Return its process and its children's."""
         found, new = [], [self._process.pid]
         while new:
             pid = new.pop()

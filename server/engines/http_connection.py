@@ -181,7 +181,7 @@ class Connection(asyncio.Protocol):
                 await self._write(answer, head, body)
             await answer.began()
         except BaseException:
-            self.abort()
+            answer.close()  # not `abort`: if it is whole, another request may be under way here
             raise
         return answer
 
