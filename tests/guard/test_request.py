@@ -11,7 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guard.errors import CannotCorruptError, RequestError
-from guard.request import ENDPOINTS, parse_request, replace_contents, unsteered
+from guard.request import (
+    ENDPOINTS,
+    _check_tree,
+    decode_body,
+    parse_request,
+    replace_contents,
+    unsteered,
+)
 from guard.schema import SCHEMA_WORDS, TEMPLATE_ARGUMENTS, TEMPLATE_SWITCHES, ChatBody
 from guard.segments import strings
 
@@ -258,6 +265,49 @@ def test_reserved_token_is_refused_everywhere(field: str) -> None:
         "name": {"messages": [{**USER, "name": token}]},
     }[field]
     assert "<prompt_embeds>" in str(refusal(CHAT, chat(**fields)))
+
+
+_TRICKY = st.one_of(
+    st.sampled_from(
+        ["<prompt_embeds>", "<prompt_embeds", "a<prompt_embeds>b", "\ud800", "\\u003c"]
+    ),
+    st.text(max_size=8),
+)
+_TREES = st.recursive(
+    _TRICKY | st.integers(-5, 5) | st.booleans() | st.none(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TRICKY, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    st.dictionaries(_TRICKY, _TREES, max_size=3), st.booleans(), st.sampled_from([1, 60, 63, 64])
+)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_what_shows_in_the_text_is_what_a_walk_over_its_tree_finds(
+    tree: dict[str, Any], escaped: bool, depth: int
+) -> None:
+    """Most bodies are told by their text; the walk is what says what is refused."""
+    for _ in range(depth):
+        tree = {"in": tree}
+    try:
+        body = json.dumps(tree, ensure_ascii=escaped).encode("utf-8", "surrogatepass")
+        found = json.loads(body.decode())
+    except UnicodeDecodeError:  # half of a pair, as it stands
+        with pytest.raises(RequestError):
+            decode_body(body)
+        return
+    expected = None
+    try:
+        _check_tree(found)
+    except RequestError as error:
+        expected = str(error)
+    try:
+        decode_body(body)
+    except RequestError as error:
+        assert str(error) == expected
+    else:
+        assert expected is None
 
 
 def test_unknown_endpoint_is_404() -> None:
