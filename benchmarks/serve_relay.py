@@ -1,7 +1,7 @@
-"""The least that a proxy in Python does: an ASGI application that passes requests on by aiohttp.
+"""The least that a proxy in Python does: an ASGI application that passes requests on.
 
-No check, no limit, no metric. `bench serve` measures the guard beside it, with the same server, to
-tell what the guard adds from what Python costs; run as a process of its own:
+No check, no limit, no metric. `bench serve` measures the guard beside it, with the same server and
+HTTP client, to tell what the guard adds from what Python costs; run as a process of its own:
 
     python -m benchmarks.serve_relay --port 8002 --upstream http://127.0.0.1:8001
 """
@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import aiohttp
 import uvicorn
+
+from server.engines.http_client import HttpClient
 
 _KEPT = ("content-type", "content-length")
 
@@ -26,7 +27,7 @@ class Relay:
 
     def __init__(self, upstream: str) -> None:
         self._upstream = upstream
-        self._session: aiohttp.ClientSession | None = None
+        self._client: HttpClient | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one request, or start and stop."""
@@ -38,31 +39,30 @@ class Relay:
             message = await receive()
             body += message.get("body", b"")
             more = message.get("more_body", False)
-        assert self._session is not None
+        assert self._client is not None
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
-        url = self._upstream + scope["path"]
-        async with self._session.request(
-            scope["method"], url, data=body or None, headers=headers
-        ) as answer:
+        answer = await self._client.request(scope["method"], scope["path"], body or None, headers)
+        try:
             kept = [
-                (name.lower().encode(), value.encode())
-                for name, value in answer.headers.items()
-                if name.lower() in _KEPT
+                (name.encode(), value.encode("latin-1"))
+                for name, value in answer.headers
+                if name in _KEPT
             ]
             start = {"type": "http.response.start", "status": answer.status, "headers": kept}
             await send(start)
-            async for chunk in answer.content.iter_any():
+            while chunk := await answer.piece():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
+        finally:
+            answer.close()
 
     async def _live(self, receive: Any, send: Any) -> None:
         while True:
             kind = (await receive())["type"]
             if kind == "lifespan.startup":
-                connector = aiohttp.TCPConnector(limit=512)
-                self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False)
-            elif self._session is not None:
-                await self._session.close()
+                self._client = HttpClient(self._upstream)
+            elif self._client is not None:
+                await self._client.close()
             await send({"type": f"{kind}.complete"})
             if kind == "lifespan.shutdown":
                 return
