@@ -45,7 +45,7 @@ SIGNATURE = 16
 SIGNATURE_TOLERANCE = 0.05
 """8-bit kernels differ a little from CPU to CPU; another model differs by about 1."""
 
-MAX_KNOWN_WORDS = 200_000
+MAX_KNOWN_WORDS = 50_000
 SENTENCE_TOKENS = 4
 """A shorter sentence ("Yes.") is read with the one after it."""
 

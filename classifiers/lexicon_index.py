@@ -39,7 +39,7 @@ LEET = {"0": "o", "1": "il", "2": "z", "3": "e", "4": "a", "5": "s", "6": "gb", 
 
 MAX_LEET_LETTERS, MAX_LEET_WORDS = 24, 64
 
-MAX_KNOWN_WORDS, LONGEST_KNOWN_WORD = 100_000, 64
+MAX_KNOWN_WORDS, LONGEST_KNOWN_WORD = 50_000, 64
 """Words of texts, and the letters of one, that are remembered with what they may be."""
 
 BARE_LETTERS, BARE_LETTERS_OF_NAME = 6, 4
