@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -110,11 +111,12 @@ class Proxy:
         self.guard, self.engine, self.options = guard, engine, options
         self.lifecycle = lifecycle or Lifecycle()
         self.keys = KeyRing(options.api_keys, options.api_keys_file)
-        self.workers = Workers(options.workers, options.max_waiting, yielding=True)
+        threads = min(options.workers, len(os.sched_getaffinity(0)))
+        self.workers = Workers(threads, options.max_waiting, yielding=True)
         # The ledger must not wait behind decisions: its lateness would mark flagged requests.
         self.recorder = Workers(1, options.max_in_flight, "ledger")
         # Running answers must not wait behind new requests.
-        self.checkers = Workers(options.workers, options.max_in_flight, "answers", yielding=True)
+        self.checkers = Workers(threads, options.max_in_flight, "answers", yielding=True)
         self.metrics = Metrics(lambda: self.workers.waiting, lambda: self.in_flight)
         self.observer = Observer(self.metrics, open_tracing(options.otlp_endpoint))
         counts = getattr(engine, "adapter_figures", None)

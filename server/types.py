@@ -61,7 +61,8 @@ class ServerOptions:
             by it; it takes the place of the engine's own key.
         max_body_bytes: Longest body; above it 413.
         body_timeout_s: Time for a client to send its body; above it 408.
-        workers: Threads that decide and rewrite.
+        workers: Threads that decide and rewrite; no more than there are cores, for while one has
+            a core, another that holds Python's lock can't give it to a running stream.
         max_waiting: Requests that may wait for a worker; above it 503.
         max_in_flight: Requests in work at one time; above it 503.
         decide_timeout_s: Time for a decision, waiting included; above it 503.
