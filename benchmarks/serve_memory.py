@@ -37,7 +37,7 @@ KINDS: Final = (
     "flagged completion", "messages", "responses", "long", "malformed", "undeclared",
     "unknown model", "aborted",
 )  # fmt: skip
-"""Drawn alike; three of twenty are flagged."""
+"""Drawn alike; four of twenty are flagged."""
 
 
 @dataclass(frozen=True, slots=True)

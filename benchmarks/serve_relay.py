@@ -103,6 +103,11 @@ def _thread(work: Callable[[Path | None], None], encoder: Path | None) -> None:
     threading.Thread(target=below, daemon=True).start()
 
 
+def _both(encoder: Path | None) -> None:
+    _thread(_count, encoder)
+    _thread(_encode, encoder)
+
+
 def _process(work: Callable[[Path | None], None], encoder: Path | None) -> None:
     parent = os.getpid()
     if os.fork():
@@ -121,6 +126,7 @@ def _end_with(parent: int) -> None:
 BESIDE: Final[dict[str, Callable[[Path | None], None]]] = {
     "python thread": partial(_thread, _count),
     "encoder thread": partial(_thread, _encode),
+    "both threads": _both,
     "python process": partial(_process, _count),
     "encoder process": partial(_process, _encode),
 }

@@ -115,7 +115,7 @@ class Settings(BaseSettings):
             the same ones recur), or `concatenate` their ranks.
         max_lora_rank: Largest rank that vLLM takes.
         max_in_flight: Requests in work at one time; beyond it 503.
-        workers: Threads that decide and rewrite, in each process.
+        workers: Threads that decide and rewrite, in each process; no more than it has cores.
         processes: Processes that serve (`serve --workers N`); more than one needs vLLM.
         drain_s: After SIGTERM `/ready` says `draining` for so long while all is answered as ever.
         shutdown_timeout_s: For running answers to end after that.
