@@ -30,7 +30,9 @@ from server.engines.vllm_adapters import VllmAdapters
 from server.engines.vllm_relay import Relay, unavailable
 
 _KEEP_S: Final = 3.0
-REQUEST_HEADERS: Final = frozenset({"accept", "authorization", "content-type", "x-request-id"})
+REQUEST_HEADERS: Final = frozenset(
+    {"accept", "authorization", "content-type", "traceparent", "tracestate", "x-request-id"}
+)
 RESPONSE_HEADERS: Final = frozenset(
     {"cache-control", "content-type", "retry-after", "x-request-id"}
 )

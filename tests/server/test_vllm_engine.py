@@ -122,6 +122,7 @@ def test_body_and_allowed_headers_go_out_unchanged() -> None:
         body = b'{ "model":"m",\n "messages":[] , "x":"\xc3\xa4"}'
         async with upstream(replies(b"{}")) as up, engine(up.url + "/v1/", api_key="k1") as vllm:
             headers = {**JSON, "X-Request-Id": "r1", "Cookie": "c", "X-Data-Parallel-Rank": "3"}
+            headers |= {"traceparent": "00-1-2-01", "tracestate": "a=b"}
             response = await vllm.post(CHAT, body, headers)
             assert await response.read() == b"{}"
             head, _, sent = up.requests[0].partition(b"\r\n\r\n")
@@ -130,6 +131,7 @@ def test_body_and_allowed_headers_go_out_unchanged() -> None:
         lowered = head.lower()
         assert b"authorization: bearer k1" in lowered
         assert b"x-request-id: r1" in lowered
+        assert b"traceparent: 00-1-2-01" in lowered and b"tracestate: a=b" in lowered
         assert b"accept-encoding: identity" in lowered
         for kept_back in (b"cookie", b"parallel", b"user-agent"):
             assert kept_back not in lowered
