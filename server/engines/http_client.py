@@ -20,7 +20,7 @@ class HttpClient:
 
     Args:
         url: The server's base URL; its path goes before those of requests.
-        connect_timeout_s: For a connection.
+        connect_timeout_s: For a connection, to whichever of the addresses of its name.
         read_timeout_s: How long the server may be silent while it is asked something.
         max_connections: Connections at most; further requests wait for one.
         keep_s: How long a connection that is not used is kept.
