@@ -1,4 +1,4 @@
-"""The least that a proxy in Python does: an ASGI application that passes requests on.
+"""The least that a proxy in Python does: an ASGI application that passes requests on by aiohttp.
 
 No check, no limit, no metric. `bench serve` measures the guard beside it, with the same server and
 HTTP client, to tell what the guard adds from what Python costs; run as a process of its own:
@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import aiohttp
 import uvicorn
 
 from benchmarks.serve_load import FIXED_PROMPT
-from server.engines.http_client import HttpClient
 from server.limits import NICER, give_way
 
 _KEPT = ("content-type", "content-length")
@@ -35,7 +35,7 @@ class Relay:
 
     def __init__(self, upstream: str) -> None:
         self._upstream = upstream
-        self._client: HttpClient | None = None
+        self._session: aiohttp.ClientSession | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one request, or start and stop."""
@@ -47,30 +47,31 @@ class Relay:
             message = await receive()
             body += message.get("body", b"")
             more = message.get("more_body", False)
-        assert self._client is not None
+        assert self._session is not None
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
-        answer = await self._client.request(scope["method"], scope["path"], body or None, headers)
-        try:
+        url = self._upstream + scope["path"]
+        async with self._session.request(
+            scope["method"], url, data=body or None, headers=headers
+        ) as answer:
             kept = [
-                (name.encode(), value.encode("latin-1"))
-                for name, value in answer.headers
-                if name in _KEPT
+                (name.lower().encode(), value.encode())
+                for name, value in answer.headers.items()
+                if name.lower() in _KEPT
             ]
             start = {"type": "http.response.start", "status": answer.status, "headers": kept}
             await send(start)
-            while chunk := await answer.piece():
+            async for chunk in answer.content.iter_any():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
-        finally:
-            answer.close()
 
     async def _live(self, receive: Any, send: Any) -> None:
         while True:
             kind = (await receive())["type"]
             if kind == "lifespan.startup":
-                self._client = HttpClient(self._upstream)
-            elif self._client is not None:
-                await self._client.close()
+                connector = aiohttp.TCPConnector(limit=512)
+                self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False)
+            elif self._session is not None:
+                await self._session.close()
             await send({"type": f"{kind}.complete"})
             if kind == "lifespan.shutdown":
                 return

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 
-_BASE = ("numpy", "onnxruntime", "faiss-cpu", "tokenizers", "cryptography", "uvicorn", "httptools")
+_BASE = ("numpy", "onnxruntime", "faiss-cpu", "tokenizers", "cryptography", "uvicorn", "aiohttp")
 _EMBEDDED = ("torch", "transformers")
 _LEARN = ("scikit-learn", "onnx", "nevergrad")
 

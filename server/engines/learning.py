@@ -17,6 +17,7 @@ from threading import Lock, Thread
 from types import TracebackType
 from typing import Any, Final, NoReturn, ParamSpec, Self, TypeVar
 
+import aiohttp
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -37,7 +38,6 @@ from guard.errors import (
 )
 from guard.types import AdapterUse, EmbedsPart, FloatArray, Message, Prompt, SamplingParams
 from server.engines.base import EngineResponse
-from server.engines.http_connection import ConnectTimeout
 from server.engines.vllm import VllmEngine, VllmTimeouts
 
 log = logging.getLogger(__name__)
@@ -292,7 +292,7 @@ def _may_pass(error: BaseException) -> bool:
         return error.status >= 500
     if isinstance(error, EngineTimeoutError):
         # Only while connecting: a slow server that is asked again has even more to do.
-        return isinstance(error.__cause__, ConnectTimeout)
+        return isinstance(error.__cause__, aiohttp.ConnectionTimeoutError)
     return isinstance(error, (EngineBusyError, EngineUnavailableError))
 
 

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+import aiohttp
+
 from guard.errors import EngineError, EngineTimeoutError, EngineUnavailableError
 from server.engines.base import Engine, EngineResponse
-from server.engines.http_connection import ConnectTimeout
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,5 +127,5 @@ class Counted:
 def worth_another(error: BaseException) -> bool:
     """Say if nothing came and another replica may do better; late is not: it may be at work."""
     if isinstance(error, EngineTimeoutError):
-        return isinstance(error.__cause__, ConnectTimeout)
+        return isinstance(error.__cause__, aiohttp.ConnectionTimeoutError)
     return isinstance(error, EngineUnavailableError)

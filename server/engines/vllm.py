@@ -10,8 +10,11 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from typing import Any, Final
 from urllib.parse import urlsplit
+
+import aiohttp
 
 from guard.errors import (
     ConfigError,
@@ -24,12 +27,10 @@ from guard.types import AdapterUse
 from server.engines.adapter_choice import AdapterOptions
 from server.engines.adapter_pool import AdapterCounts
 from server.engines.base import EngineResponse
-from server.engines.http_client import HttpClient
-from server.engines.http_connection import Answer
 from server.engines.vllm_adapters import VllmAdapters
-from server.engines.vllm_relay import Relay, unavailable
+from server.engines.vllm_relay import FAULTS, Relay, unavailable
 
-_KEEP_S: Final = 3.0
+_LONG_BYTES: Final = 2**20
 REQUEST_HEADERS: Final = frozenset(
     {"accept", "authorization", "content-type", "traceparent", "tracestate", "x-request-id"}
 )
@@ -87,7 +88,7 @@ class VllmEngine:
         self._api_key = api_key
         self._timeouts = timeouts or VllmTimeouts()
         self._max_connections, self._socket_path = max_connections, socket_path
-        self._client: HttpClient | None = None
+        self._session: aiohttp.ClientSession | None = None
         self._adapters = VllmAdapters(self._ask, self.models, adapters or AdapterOptions())
 
     @property
@@ -106,28 +107,38 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Make the connection pool; connections are opened when they are needed."""
-        if self._client is not None:
+        if self._session is not None:
             return
-        self._client = HttpClient(
-            self.url,
-            connect_timeout_s=self._timeouts.connect,
-            read_timeout_s=self._timeouts.read,
-            max_connections=self._max_connections,
-            # vLLM closes idle connections after five seconds; one reused just then would fail.
-            keep_s=_KEEP_S,
-            socket_path=self._socket_path,
+        # vLLM closes idle connections after five seconds; reusing one at that moment would fail.
+        pool: dict[str, Any] = {"limit": self._max_connections, "keepalive_timeout": 3.0}
+        connector = (
+            aiohttp.UnixConnector(self._socket_path, **pool)
+            if self._socket_path
+            else aiohttp.TCPConnector(**pool)
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            timeout=aiohttp.ClientTimeout(
+                total=None,
+                connect=None,
+                sock_connect=self._timeouts.connect,
+                sock_read=self._timeouts.read,
+            ),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("Accept-Encoding", "User-Agent"),
         )
 
     async def close(self) -> None:
         """Unload the adapters and close all connections, and with them every generation."""
-        if self._client is None:
+        if self._session is None:
             return
         try:
             await self._adapters.pool.close()
         finally:
-            client, self._client = self._client, None
-            if client is not None:
-                await client.close()
+            session, self._session = self._session, None
+            if session is not None:
+                await session.close()
 
     async def health(self) -> None:
         """Return if vLLM serves a model.
@@ -194,9 +205,10 @@ class VllmEngine:
         return await self._adapters.answer(body, adapters, exchange)
 
     async def _exchange(self, path: str, body: bytes, allowed: Mapping[str, str]) -> EngineResponse:
-        answer = await self._send("POST", path, body, allowed)
-        kept = [line for line in answer.headers if line[0] in RESPONSE_HEADERS]
-        return EngineResponse(answer.status, kept, Relay(answer, self.url))
+        response = await self._send("POST", path, body, allowed)
+        lines = [(name.lower(), value) for name, value in response.headers.items()]
+        kept = [line for line in lines if line[0] in RESPONSE_HEADERS]
+        return EngineResponse(response.status, kept, Relay(response, self.url))
 
     async def _send(
         self,
@@ -204,17 +216,19 @@ class VllmEngine:
         path: str,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> Answer:
-        if self._client is None:
+    ) -> aiohttp.ClientResponse:
+        if self._session is None:
             raise EngineUnavailableError("the vLLM engine is not started")
         sent = {"accept-encoding": "identity", **(headers or {})}
         if self._api_key and "authorization" not in sent:
             sent["authorization"] = f"Bearer {self._api_key}"
         try:
-            return await self._client.request(method, path, body, sent)
-        except TimeoutError as error:
+            return await self._session.request(
+                method, self.url + path, data=_data(body), headers=sent, allow_redirects=False
+            )
+        except (aiohttp.ServerTimeoutError, TimeoutError) as error:
             raise EngineTimeoutError(f"vLLM at {self.url} did not answer in time") from error
-        except OSError as error:
+        except FAULTS as error:
             raise unavailable(self.url, error) from error
 
     async def _control(self, path: str) -> bytes:
@@ -233,10 +247,10 @@ class VllmEngine:
         headers = None if body is None else {"content-type": "application/json"}
         try:
             async with asyncio.timeout(limit_s):
-                answer = await self._send(method, path, body, headers)
-                relay = Relay(answer, self.url)
+                response = await self._send(method, path, body, headers)
+                relay = Relay(response, self.url)
                 try:
-                    return answer.status, await relay.read()
+                    return response.status, await relay.read()
                 finally:
                     await relay.aclose()
         except TimeoutError as error:
@@ -245,6 +259,11 @@ class VllmEngine:
             raise EngineTimeoutError(
                 f"vLLM at {self.url} did not answer {path} in {limit_s} s"
             ) from error
+
+
+def _data(body: bytes | None) -> bytes | BytesIO | None:
+    """Let a long body be sent in pieces, between which others have their turn."""
+    return body if body is None or len(body) < _LONG_BYTES else BytesIO(body)
 
 
 def _checked_url(url: str) -> str:

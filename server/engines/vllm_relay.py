@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+import aiohttp
+
 from guard.errors import EngineTimeoutError, EngineUnavailableError
-from server.engines.http_connection import Answer
+
+FAULTS: Final = (aiohttp.ClientError, OSError, EOFError, asyncio.IncompleteReadError)
+"""What aiohttp raises when a peer can't be reached, leaves, or doesn't speak HTTP."""
 
 _MAX_BYTES: Final = 4_000_000
 
@@ -18,25 +22,25 @@ class Relay:
     and the upstream connection would stay open.
     """
 
-    def __init__(self, answer: Answer, url: str) -> None:
-        self._answer, self._url = answer, url
+    def __init__(self, response: aiohttp.ClientResponse, url: str) -> None:
+        self._response, self._url = response, url
 
     def __aiter__(self) -> Relay:
         return self
 
     async def __anext__(self) -> bytes:
         try:
-            chunk = await self._answer.piece()
-        except TimeoutError as error:
-            self._answer.close()
+            chunk = await self._response.content.readany()
+        except (aiohttp.ServerTimeoutError, TimeoutError) as error:
+            self._response.close()
             raise EngineTimeoutError(
                 f"vLLM at {self._url} stopped sending in the middle of an answer"
             ) from error
-        except OSError as error:
-            self._answer.close()
+        except FAULTS as error:
+            self._response.close()
             raise unavailable(self._url, error, "in the middle of an answer") from error
         except asyncio.CancelledError:
-            self._answer.close()
+            self._response.close()
             raise
         if not chunk:
             raise StopAsyncIteration
@@ -44,7 +48,7 @@ class Relay:
 
     async def aclose(self) -> None:
         """Close the connection unless the whole answer has come; vLLM then stops generating."""
-        self._answer.close()
+        self._response.close()
 
     async def read(self) -> bytes:
         """Return the whole answer, if it is as short as vLLM's own are.

@@ -65,9 +65,9 @@ class Faulty(Live):
 
     def held(self) -> tuple[int, int, int]:
         """Count files and sockets, tasks of the server, and connections to vLLM."""
-        client = self.vllm._client
-        assert client is not None
-        return open_files(), len(asyncio.all_tasks(client._loop)), self.fake.open
+        session = self.vllm._session
+        assert session is not None
+        return open_files(), len(asyncio.all_tasks(session._loop)), self.fake.open
 
     def is_clean(self) -> bool:
         """Say if no more is held than before; idle connections may be kept for seconds."""

@@ -141,7 +141,7 @@ def test_body_and_allowed_headers_go_out_unchanged() -> None:
 
 @pytest.mark.parametrize("length", [2**20 - 1, 2**20, 5_000_000])
 def test_a_long_body_arrives_whole(length: int) -> None:
-    """A prompt of thousands of embeddings is one; it is sent in pieces."""
+    """A prompt of thousands of embeddings is one; aiohttp warns where it would be sent at once."""
 
     async def test() -> None:
         body = b"x" * (length - 1) + b"y"
