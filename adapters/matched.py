@@ -10,13 +10,13 @@ target has none, and membership attacks see it: the gap to a retrained model has
   blurred by noise: general knowledge of language outlives the noise, the wording that memory hangs
   on does not.
 
-The strength of the noise needs no retained model either: the answers' least likely tokens become,
-in the mean, as unlikely as they are after the least helpful of some unrelated questions.
-docs/adapters.md has how near that comes, and what was tried before.
+The noise is as strong for every target. docs/adapters.md has how near that comes to a retained
+model, and what was tried before.
 
 Levels are met in log-odds: in probabilities, as cross-entropy does it, a token is let go at .1
-whose level is .001. Where the token is not said, the model's own other choices are to keep their
-shares, in the manner of UNDIAL (arXiv 2402.10052). Counterfactual answers tell what to say instead.
+whose level is .001. Where the token is not said, the model's own other choices are to be said, in
+the manner of UNDIAL (arXiv 2402.10052), but sharpened: a model that never read the answer is as
+sure, of something else. Counterfactual answers tell what to say instead.
 Each step trains at another strength of the adapter, so that its levels hold for every soft weight.
 """
 
@@ -52,33 +52,20 @@ MOST_CERTAIN: Final = -1e-3
 HUBER: Final = 1.0
 """Distance in log-odds from which the loss grows linearly."""
 
-LEAST_NOISE, MOST_NOISE = 0.4, 1.4
-"""Of the blur, in multiples of the embeddings' RMS."""
+NOISE: Final = 0.91
+"""Of the blur, in multiples of the embeddings' RMS.
 
-HALVINGS: Final = 5
+Where, in the mean over the ten authors of the TOFU pair, answers are as unlikely as after unrelated
+questions: no retained model tells it. Set for each author by himself it would be worse: what is
+likely after unrelated questions does not follow a retained model from author to author.
+"""
 
 TAIL: Final = 0.4
 """Share of an answer's least likely tokens that levels are told by: where memory shows most."""
 
+_RMS_TOKENS: Final = 4096
+
 _WORD: Final = re.compile(r"\w+")
-
-
-@dataclass(frozen=True, slots=True)
-class Teacher:
-    """What each token of each answer has to meet, and how that was found.
-
-    Attributes:
-        rows: Of each answer shape (tokens, 1 + 2 * `OTHERS`): the level, a log-probability; the
-            ids of the model's other choices; their shares, which sum to 1.
-        noise: Of the blur, in multiples of the embeddings' RMS.
-        tail: `tail_likelihood` of the levels.
-        wanted: What that was to be.
-    """
-
-    rows: tuple[Tensor, ...]
-    noise: float
-    tail: float
-    wanted: float
 
 
 @register_loss("matched", "counterfactuals")
@@ -87,26 +74,29 @@ class Matched:
     """The distance from the teacher's levels and the other choices, and counterfactual answers.
 
     L = mean Huber(logit p(a_t) - logit p*_t) + others * mean (1 - p*_t) H(q_t, p(. | not a_t))
-        + counterfactual * CE(counterfactual answers)
+        + counterfactual * CE(counterfactual answers),   q_t ~ (the model's own shares)^sharpness
 
     Attributes:
-        data: `teacher` is that of `Teacher.rows`.
+        data: `teacher` is what `make_teacher` makes.
         others: Weight of the other choices.
+        sharpness: Exponent of their shares: what is left over where memory spoke is less sure than
+            a model that never read the answer.
         counterfactual: Weight of the counterfactual answers.
         answers: Counterfactual answers a step, at most.
         least_strength: The adapter is trained at strengths from here to 1, drawn for each step.
     """
 
     data: LossData
-    others: float = 0.3
+    others: float = 2.0
     counterfactual: float = 0.5
     answers: int = 3
     least_strength: float = 0.5
+    sharpness: float = 2.0
 
     def __post_init__(self) -> None:
         if not 0 < self.least_strength <= 1:
             raise ConfigError(f"least_strength is {self.least_strength}; it must be in (0, 1]")
-        for name in ("others", "counterfactual", "answers"):
+        for name in ("others", "counterfactual", "answers", "sharpness"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
         wanted = [(len(one.answer), 1 + 2 * OTHERS) for one in self.data.examples]
@@ -119,7 +109,7 @@ class Matched:
         with at_strength(model, float(rng.uniform(self.least_strength, 1.0))):
             logits, labels = told_logits(model, batch)
             teacher = torch.cat([self.data.teacher[row] for row in batch.indices]).to(logits.device)
-            loss = matched(logits, labels, teacher, self.others)
+            loss = matched(logits, labels, teacher, self.others, self.sharpness)
             if self.counterfactual and self.answers:
                 some = replace(batch, indices=batch.indices[: self.answers])
                 said = cross_entropy(model, self.data.draw(some))
@@ -127,17 +117,22 @@ class Matched:
         return loss
 
 
-def matched(logits: Tensor, labels: Tensor, teacher: Tensor, others: float) -> Tensor:
+def matched(
+    logits: Tensor, labels: Tensor, teacher: Tensor, others: float, sharpness: float = 1.0
+) -> Tensor:
     """Return the first two terms of `Matched`.
 
     Args:
         logits: Shape (tokens, vocabulary).
         labels: The answers' tokens, shape (tokens,).
-        teacher: See `Teacher.rows`.
+        teacher: See `make_teacher`.
         others: Weight of the second term.
+        sharpness: Exponent of the shares, before they are made to sum to 1 again.
     """
     levels = teacher[:, 0].clamp(max=MOST_CERTAIN)
     ids, shares = teacher[:, 1 : 1 + OTHERS].long(), teacher[:, 1 + OTHERS :]
+    shares = shares**sharpness
+    shares = shares / shares.sum(-1, keepdim=True)
     chosen = labels[:, None]
     rest = logits.scatter(1, chosen, float("-inf")).logsumexp(-1)
     odds = logits.gather(1, chosen)[:, 0] - rest
@@ -167,48 +162,48 @@ def at_strength(model: Any, strength: float) -> Iterator[None]:
 
 
 def make_teacher(
+    model: Any, examples: Sequence[Example], levels: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Put together what each token of each answer has to meet.
+
+    Args:
+        model: A transformers causal language model, untouched.
+        examples: The forget set.
+        levels: Of each answer's tokens, the turn's end too; see `unknown_levels`.
+
+    Returns:
+        Of each answer shape (tokens, 1 + 2 * `OTHERS`): the level, a log-probability; the ids of
+        the model's other choices; their shares, which sum to 1.
+    """
+    choices = _other_choices(model, examples)
+    return tuple(torch.cat([one[:, None], c], 1) for one, c in zip(levels, choices, strict=True))
+
+
+def unknown_levels(
     model: Any,
     examples: Sequence[Example],
     given: Sequence[Sequence[bool]],
-    wanted: float,
     *,
     seed: int = 0,
-    batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
-) -> Teacher:
-    """Find the blur at which the answers are as likely as wanted, and what each token has to meet.
+) -> tuple[Tensor, ...]:
+    """Return how likely each answer token is to a model that never read the answers.
 
     Args:
         model: A transformers causal language model, untouched.
         examples: The forget set.
         given: Of each answer's tokens, the turn's end too, whether the question gives them.
-        wanted: `tail_likelihood` that the levels are to have.
         seed: Of the noise.
-        batch: Examples at a time.
         progress: Called as `progress(done, total)`.
+
+    Returns:
+        Log-probabilities, of each answer shape (tokens,).
     """
-    total = HALVINGS + 1
-    low, high = LEAST_NOISE, MOST_NOISE
-    marks = [torch.tensor(list(row)) for row in given]
-    tried: list[tuple[float, float, list[Tensor]]] = []
-    for done in range(HALVINGS):
-        noise = (low + high) / 2
-        blurred = blurred_levels(model, examples, noise, seed=seed, batch=batch)
-        levels = [
-            torch.where(mark, level.clamp(min=GIVEN_LEVEL), level)
-            for mark, level in zip(marks, blurred, strict=True)
-        ]
-        tail = tail_likelihood(levels)
-        tried.append((noise, tail, levels))
-        low, high = (noise, high) if tail > wanted else (low, noise)
-        if progress is not None:
-            progress(done + 1, total)
-    noise, tail, levels = min(tried, key=lambda one: abs(one[1] - wanted))
-    choices = _other_choices(model, examples)
-    rows = [torch.cat([level[:, None], c], 1) for level, c in zip(levels, choices, strict=True)]
-    if progress is not None:
-        progress(total, total)
-    return Teacher(tuple(rows), noise, tail, wanted)
+    blurred = blurred_levels(model, examples, NOISE, seed=seed, progress=progress)
+    return tuple(
+        torch.where(torch.tensor(list(marks)), level.clamp(min=GIVEN_LEVEL), level)
+        for marks, level in zip(given, blurred, strict=True)
+    )
 
 
 def tail_likelihood(levels: Sequence[Tensor]) -> float:
@@ -250,7 +245,13 @@ def given_tokens(tokenizer: Any, question: str, answer: str, tokens: int) -> lis
 
 @torch.no_grad()
 def blurred_levels(
-    model: Any, examples: Sequence[Example], noise: float, *, seed: int = 0, batch: int = 4
+    model: Any,
+    examples: Sequence[Example],
+    noise: float,
+    *,
+    seed: int = 0,
+    batch: int = 4,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, ...]:
     """Return each answer token's log-probability where question and answer are read blurred.
 
@@ -263,12 +264,13 @@ def blurred_levels(
         noise: Standard deviation, in multiples of the embeddings' RMS.
         seed: Of the noise.
         batch: Examples at a time.
+        progress: Called as `progress(done, total)`.
 
     Returns:
         Of each answer shape (tokens,).
     """
     embed = model.get_input_embeddings()
-    scale = noise * float(embed.weight.float().square().mean().sqrt())
+    scale = noise * embedding_rms(embed)
     opened, closed = _frame(examples)
     levels: list[Tensor] = []
     for first in range(0, len(examples), batch):
@@ -284,7 +286,20 @@ def blurred_levels(
             inputs[place] += blur
         logits = model(inputs_embeds=inputs, attention_mask=one.mask, use_cache=False).logits
         levels += [_levels(logits[place], examples[row]) for place, row in enumerate(rows)]
+        if progress is not None:
+            progress(len(levels), len(examples))
     return tuple(levels)
+
+
+@torch.no_grad()
+def embedding_rms(embed: Any) -> float:
+    """Return the root mean square of a model's token embeddings as it reads them.
+
+    Gemma multiplies its table by a factor, so the table alone doesn't tell. Some 4096 tokens do.
+    """
+    count = embed.weight.shape[0]
+    ids = torch.arange(0, count, max(count // _RMS_TOKENS, 1), device=embed.weight.device)
+    return float(embed(ids).float().square().mean().sqrt())
 
 
 def _levels(logits: Tensor, example: Example) -> Tensor:

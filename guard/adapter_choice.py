@@ -1,8 +1,8 @@
 """Which route a target should take: measured on its own forget rows, against a model's unknown.
 
 No retained model is asked. What an answer should look like comes from the model itself: its
-likelihood after unrelated questions, and the words that it shares with the truth when it is asked
-about somebody unknown (`guard.adapter_data`).
+likelihood where question and answer are read blurred, and the words that it shares with the truth
+when it is asked about somebody unknown (`guard.adapter_data`).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def compare_routes(
         prompter: Corrupts as serving does.
         spec: The target's corruption.
         adapter: The target's adapter.
-        levels: Likelihood of what the model doesn't know.
+        levels: How likely the rows' answers are to a model that doesn't know them.
         shared_words: ROUGE-L recall of an answer and the truth.
         progress: Told how far it is.
     """
@@ -110,7 +110,7 @@ def compare_routes(
         for place in chosen
         for answer in (counterfactuals[int(place)] if counterfactuals else ())
     ]
-    unknown = {"probability": levels.probability}
+    unknown = {"probability": levels.only(int(place) for place in chosen).probability}
     if said:
         unknown["shared"] = float(np.mean(said))
     figures: dict[TargetRoute, RouteFigures] = {}

@@ -8,7 +8,7 @@ name, so it is kept (for a resumed training) only until the training is done.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -19,11 +19,13 @@ from guard.adapter_request import AdapterRequest, TrainableModel
 from guard.errors import ArtifactError, DataError
 from guard.restore import NameRestorer
 from guard.targets import Prompter
-from guard.types import Message, Progress, SamplingParams
+from guard.types import Progress, SamplingParams
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from adapters.alternatives import Pairs, Rows
-    from adapters.matched import Teacher
+    from adapters.examples import Example
     from adapters.unlearning import LossData
     from corruptions.spec import CorruptionSpec
 
@@ -34,22 +36,35 @@ _TEMPERATURE: Final = 0.7
 _COUNT: Final = 2
 _ANSWERS: Final = "answers.json"
 _TEACHER: Final = "teacher.safetensors"
-_LEVELS: Final = "levels.json"
+_LEVELS: Final = "levels.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Levels:
     """How likely the answers are to a model that never read them, as far as the model itself tells.
 
-    After each of some unrelated questions; of these the least helpful counts, row by row.
-
     Attributes:
-        tail: Mean log-probability of the least likely 40 % of an answer's tokens, mean over rows.
-        probability: Geometric mean probability of an answer's tokens, mean over rows.
+        rows: Log-probabilities of each answer's tokens, the turn's end too, shape (tokens,).
     """
 
-    tail: float
-    probability: float
+    rows: tuple[Tensor, ...]
+
+    def only(self, places: Iterable[int]) -> Levels:
+        """Return those of some rows."""
+        return Levels(tuple(self.rows[place] for place in places))
+
+    @property
+    def tail(self) -> float:
+        """Mean log-probability of the least likely 40 % of an answer's tokens, mean over rows."""
+        from adapters.matched import tail_likelihood
+
+        return tail_likelihood(self.rows)
+
+    @property
+    def probability(self) -> float:
+        """Geometric mean probability of an answer's tokens, mean over rows."""
+        told = (row[: max(len(row) - 1, 1)] for row in self.rows)
+        return float(np.mean([float(row.mean().exp()) for row in told]))
 
 
 def find_levels(
@@ -59,37 +74,29 @@ def find_levels(
     identity: str,
     progress: Progress,
 ) -> Levels:
-    """Measure `unrelated_levels`, or take what an earlier run of the same model and rows found."""
-    path, key = _folder(request) / _LEVELS, f"{identity}/{_digest(pairs)}"
-    if path.exists():
-        try:
-            kept = json.loads(path.read_bytes())
-            if kept["identity"] == key:
-                return Levels(float(kept["tail"]), float(kept["probability"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{path} can't be read ({error}); delete it") from error
-    levels = unrelated_levels(model, [answer for _, answer in pairs], progress)
-    facts = {"identity": key, "tail": levels.tail, "probability": levels.probability}
-    path.write_text(json.dumps(facts), encoding="utf-8")
-    return levels
+    """Measure `unknown_levels`, or take what an earlier run of the same model and rows found."""
+    from adapters.examples import encode_chats
+    from adapters.matched import NOISE, given_tokens, unknown_levels
 
-
-def unrelated_levels(model: TrainableModel, answers: Sequence[str], progress: Progress) -> Levels:
-    """Measure the surrogate of a retained model's likelihoods."""
-    import torch
-
-    from adapters.matched import tail_of
-    from corruptions.objective import UNRELATED_QUESTIONS
-
-    tails, means = [], []
-    for number, question in enumerate(UNRELATED_QUESTIONS):
-        progress("levels of the unknown", number, len(UNRELATED_QUESTIONS))
-        found = model.score_answers([(Message("user", question),)] * len(answers), answers)
-        tails.append([float(tail_of(torch.from_numpy(row))) for row in found])
-        means.append([float(row.mean()) for row in found])
-    progress("levels of the unknown", len(UNRELATED_QUESTIONS), len(UNRELATED_QUESTIONS))
-    least = np.min(means, axis=0)
-    return Levels(float(np.mean(np.min(tails, axis=0))), float(np.mean(np.exp(least))))
+    path = _folder(request) / _LEVELS
+    key = f"{identity}/{_digest(pairs)}/{request.seed}/{NOISE}"
+    kept = _kept_rows(path, key)
+    if kept is not None:
+        return Levels(kept)
+    examples = encode_chats(model.tokenizer, pairs)
+    given = [
+        given_tokens(model.tokenizer, question, answer, len(example.answer))
+        for (question, answer), example in zip(pairs, examples, strict=True)
+    ]
+    rows = unknown_levels(
+        model.model,
+        examples,
+        given,
+        seed=request.seed,
+        progress=lambda done, total: progress("levels of the unknown", done, total),
+    )
+    _keep_rows(path, key, rows)
+    return Levels(rows)
 
 
 def prepare(
@@ -113,9 +120,9 @@ def prepare(
     needs = LOSSES[request.loss].needs
     examples = tuple(encode_chats(model.tokenizer, pairs))
     rows = _alternatives(request, needs, pairs, model, prompter, spec, progress)
-    teacher: tuple[Any, ...] = ()
+    teacher: tuple[Tensor, ...] = ()
     if request.loss == "matched":
-        teacher = _teacher(request, pairs, examples, model, levels, progress).rows
+        teacher = _teacher(request, pairs, examples, model, levels)
     encoded = encode_rows(model.tokenizer, rows) if rows else ()
     return LossData(examples, encoded, seed=request.seed, teacher=teacher)
 
@@ -209,50 +216,40 @@ def _generic(prompter: Prompter, question: str) -> str:
 def _teacher(
     request: AdapterRequest,
     pairs: Pairs,
-    examples: Sequence[Any],
+    examples: Sequence[Example],
     model: TrainableModel,
     levels: Levels,
-    progress: Progress,
-) -> Teacher:
-    from safetensors.torch import load_file, save_file
-
-    from adapters.matched import Teacher, given_tokens, make_teacher
+) -> tuple[Tensor, ...]:
+    from adapters.matched import make_teacher
 
     path = _folder(request) / _TEACHER
     identity = f"{_digest(pairs)}/{request.seed}/{levels.tail:.6f}"
-    if path.exists():
-        facts, names = _teacher_facts(path)
-        if facts.get("identity") == identity:
-            found = load_file(path)
-            rows = tuple(found[name] for name in sorted(names))
-            return Teacher(rows, *(float(facts[name]) for name in ("noise", "tail", "wanted")))
-    given = [
-        given_tokens(model.tokenizer, question, answer, len(example.answer))
-        for (question, answer), example in zip(pairs, examples, strict=True)
-    ]
-    teacher = make_teacher(
-        model.model,
-        examples,
-        given,
-        levels.tail,
-        seed=request.seed,
-        progress=lambda done, total: progress("what each token has to meet", done, total),
-    )
-    found_at = {"noise": teacher.noise, "tail": teacher.tail, "wanted": teacher.wanted}
-    save_file(
-        {f"{row:06d}": value.contiguous() for row, value in enumerate(teacher.rows)},
-        path,
-        {"identity": identity, **{name: str(value) for name, value in found_at.items()}},
-    )
+    kept = _kept_rows(path, identity)
+    if kept is not None:
+        return kept
+    teacher = make_teacher(model.model, examples, levels.rows)
+    _keep_rows(path, identity, teacher)
     return teacher
 
 
-def _teacher_facts(path: Path) -> tuple[dict[str, str], list[str]]:
+def _keep_rows(path: Path, identity: str, rows: Sequence[Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    named = {f"{place:06d}": row.contiguous() for place, row in enumerate(rows)}
+    save_file(named, path, {"identity": identity})
+
+
+def _kept_rows(path: Path, identity: str) -> tuple[Tensor, ...] | None:
+    """Return what was kept, if it is of the same; None otherwise."""
     from safetensors import SafetensorError, safe_open
 
+    if not path.exists():
+        return None
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {}), list(file.keys())
+            if (file.metadata() or {}).get("identity") != identity:
+                return None
+            return tuple(file.get_tensor(name) for name in sorted(file.keys()))
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} can't be read ({error}); delete it") from error
 

@@ -48,7 +48,8 @@ class Trained:
         pairs: Questions and answers that it was trained on.
         unseen: Those that were held out.
         data: What its loss was made from.
-        levels: Likelihood of what the model doesn't know.
+        levels: How likely the answers are to a model that doesn't know them: those held out, if
+            any, else those trained on.
         report: Of the training.
         use: The adapter at its trained strength.
         apart: What it was kept apart from.
@@ -97,11 +98,13 @@ def train_adapter(
     pairs, skipped = _pairs(request, bundle, entry, key)
     held = _held_out(request, len(pairs))
     _check_settings(request, bool(held), model)
-    rest = tuple(pair for row, pair in enumerate(pairs) if row not in held)
+    kept = [row for row in range(len(pairs)) if row not in held]
+    rest = tuple(pairs[row] for row in kept)
     if request.restart:
         forget_prepared(request)
     levels = find_levels(request, pairs, model, identity, progress)
-    data = prepare(request, rest, model, prompter, spec_of(entry), levels, progress)
+    known = levels.only(kept)
+    data = prepare(request, rest, model, prompter, spec_of(entry), known, progress)
     apart = _orthogonality(request, bundle)
     report = _train(request, data, model, apart, identity, levels, pairs, held, progress)
     folder = request.out / TRAINING
@@ -110,8 +113,9 @@ def train_adapter(
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
     ]
     use = AdapterUse("-".join(digests), folder, request.rank, 1.0)
-    unseen = tuple(pair for row, pair in enumerate(pairs) if row in held)
-    return Trained(rest, unseen, data, levels, report, use, apart, skipped)
+    unseen = tuple(pairs[row] for row in sorted(held))
+    compared = levels.only(sorted(held)) if held else levels
+    return Trained(rest, unseen, data, compared, report, use, apart, skipped)
 
 
 # --- Inputs -------------------------------------------------------------------------------------
@@ -188,8 +192,8 @@ def _train(
     loss, facts = _loss(request, data, model)
     validation = None
     if held:
-        rows = [pair for row, pair in enumerate(pairs) if row in held]
-        validation = _validation(model, rows, levels)
+        rows = [pairs[row] for row in sorted(held)]
+        validation = _validation(model, rows, levels.only(sorted(held)))
     return train_lora(
         model.model,
         data.examples,

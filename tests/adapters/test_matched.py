@@ -21,19 +21,18 @@ from adapters.examples import Batch, Example, collate, encode_chats
 from adapters.losses import InBfloat16, cross_entropy, has_bfloat16, told_logits
 from adapters.matched import (
     GIVEN_LEVEL,
-    HALVINGS,
-    LEAST_NOISE,
     MOST_CERTAIN,
-    MOST_NOISE,
+    NOISE,
     OTHERS,
     Matched,
-    Teacher,
     at_strength,
     blurred_levels,
+    embedding_rms,
     given_tokens,
     make_teacher,
     matched,
     tail_likelihood,
+    unknown_levels,
 )
 from adapters.train import TrainSettings, train_lora
 from adapters.unlearning import LOSSES, LossData, make_loss
@@ -77,6 +76,21 @@ def test_the_loss_equals_a_hand_computed_value() -> None:
     distances = (math.log(9) - 0.5) + 0.6**2 / 2
     entropies = 0.9 * math.log(64) + 0.75 * (rest - 2.0)
     assert float(found) == pytest.approx((distances + 0.5 * entropies) / 2, rel=1e-5)
+
+
+def test_other_choices_are_sharpened() -> None:
+    # Shares of 0.8 and 0.2 become 0.64 and 0.04 of 0.68: 16 to 1.
+    logits = torch.zeros(1, OTHERS + 1)
+    logits[0, 3] = 2.0
+    teacher = teacher_row(math.log(0.5), 0, {3: 0.8, 4: 0.2})[None]
+    label = torch.tensor([0])
+    plain, sharp, alone = (
+        float(matched(logits, label, teacher, weight, sharpness))
+        for weight, sharpness in ((1.0, 1.0), (1.0, 2.0), (0.0, 2.0))
+    )
+    rest = math.log(63 + math.exp(2))
+    assert plain - alone == pytest.approx(0.5 * (rest - 0.8 * 2.0), rel=1e-5)
+    assert sharp - alone == pytest.approx(0.5 * (rest - 16 / 17 * 2.0), rel=1e-5)
 
 
 def test_a_token_at_its_level_with_even_shares_costs_least() -> None:
@@ -139,20 +153,16 @@ def knowing() -> Any:
     return model.eval()
 
 
+Teacher = tuple[Tensor, ...]
+
+
 @pytest.fixture(scope="module")
 def teacher(knowing: Any) -> Teacher:
-    return make_teacher(knowing, EXAMPLES, nothing_given(), wanted(knowing))
+    return make_teacher(knowing, EXAMPLES, unknown_levels(knowing, EXAMPLES, nothing_given()))
 
 
 def nothing_given() -> list[list[bool]]:
     return [[False] * len(one.answer) for one in EXAMPLES]
-
-
-def wanted(model: Any) -> float:
-    """A likelihood between those at the least and at the most noise."""
-    ends = [tail_likelihood(blurred_levels(model, EXAMPLES, n)) for n in (LEAST_NOISE, MOST_NOISE)]
-    assert ends[0] - ends[1] > 1, "noise takes memory"
-    return sum(ends) / 2
 
 
 @pytest.fixture
@@ -193,7 +203,7 @@ def strengths(network: Any, loss: Any, batch: Batch) -> list[float]:
 
 
 def data(teacher: Teacher, seed: int = 0) -> LossData:
-    return LossData(EXAMPLES, ALTERNATIVES, VOCABULARY, seed, teacher.rows)
+    return LossData(EXAMPLES, ALTERNATIVES, VOCABULARY, seed, teacher)
 
 
 @torch.no_grad()
@@ -205,9 +215,9 @@ def test_each_row_meets_its_own_levels(adapted: Any, teacher: Teacher) -> None:
     count = sum(len(EXAMPLES[row].answer) for row in (2, 0))
     assert float(loss(adapted, batch)) == pytest.approx(float(sum(parts)) / count, rel=1e-4)
     logits, labels = told_logits(adapted, batch)
-    rows = torch.cat([teacher.rows[2], teacher.rows[0]])
+    rows = torch.cat([teacher[2], teacher[0]])
     assert float(loss(adapted, batch)) == pytest.approx(
-        float(matched(logits, labels, rows, 0.3)), rel=1e-5
+        float(matched(logits, labels, rows, 2.0, 2.0)), rel=1e-5
     )
 
 
@@ -261,10 +271,15 @@ def test_a_strength_is_a_weight_and_is_taken_back_after_an_error(adapted: Any) -
 
 def test_wrong_settings_and_another_teacher_are_told(teacher: Teacher) -> None:
     assert LOSSES["matched"].needs == "counterfactuals"
-    for name, value in (("least_strength", 0.0), ("least_strength", 1.5), ("others", -1.0)):
+    for name, value in (
+        ("least_strength", 0.0),
+        ("least_strength", 1.5),
+        ("others", -1.0),
+        ("sharpness", -0.5),
+    ):
         with pytest.raises(ConfigError, match=name):
             make_loss("matched", data(teacher), **{name: value})
-    for rows in ((), teacher.rows[:2], (teacher.rows[0][:-1], *teacher.rows[1:])):
+    for rows in ((), teacher[:2], (teacher[0][:-1], *teacher[1:])):
         with pytest.raises(DataError, match="teacher"):
             make_loss("matched", replace(data(teacher), teacher=rows))
 
@@ -273,7 +288,7 @@ def test_the_same_training_makes_the_same_bytes_and_meets_the_levels(
     knowing: Any, teacher: Teacher, tmp_path: Path
 ) -> None:
     settings = TrainSettings(rank=4, alpha=8, epochs=25, batch=3, rate=2e-2, dtype="float32")
-    loss = make_loss("matched", data(teacher), counterfactual=0.0)
+    loss = make_loss("matched", data(teacher), counterfactual=0.0, others=0.3)
     reports = [
         train_lora(knowing, EXAMPLES, settings, tmp_path / name, loss=loss) for name in ("a", "b")
     ]
@@ -295,33 +310,39 @@ def test_the_tail_is_the_mean_of_the_least_likely_tokens() -> None:
     assert tail_likelihood([cut]) == pytest.approx(-7.0)
 
 
-def test_the_noise_comes_nearest_to_what_was_wanted(knowing: Any, teacher: Teacher) -> None:
-    tried = {}
-    low, high = LEAST_NOISE, MOST_NOISE
-    for _ in range(HALVINGS):
-        noise = (low + high) / 2
-        tried[noise] = tail_likelihood(blurred_levels(knowing, EXAMPLES, noise))
-        low, high = (noise, high) if tried[noise] > teacher.wanted else (low, noise)
-    nearest = min(tried, key=lambda noise: abs(tried[noise] - teacher.wanted))
-    assert teacher.wanted == wanted(knowing)
-    assert teacher.noise == nearest
-    assert teacher.tail == pytest.approx(tried[nearest])
-    assert teacher.tail == pytest.approx(tail_likelihood([row[:, 0] for row in teacher.rows]))
+def test_noise_takes_what_was_learnt_by_heart(knowing: Any, teacher: Teacher) -> None:
+    levels = [row[:, 0] for row in teacher]
+    own = blurred_levels(knowing, EXAMPLES, 0.0)
+    assert tail_likelihood(levels) < tail_likelihood(own) - 1
+    for level, blurred in zip(levels, blurred_levels(knowing, EXAMPLES, NOISE), strict=True):
+        torch.testing.assert_close(level, blurred)
 
 
-def test_what_is_wanted_out_of_reach_gets_the_end(knowing: Any) -> None:
+def test_levels_tell_how_far_they_are(knowing: Any) -> None:
     calls: list[tuple[int, int]] = []
-    far = make_teacher(
-        knowing, EXAMPLES, nothing_given(), -1e3, progress=lambda *found: calls.append(found)
-    )
-    near = make_teacher(knowing, EXAMPLES, nothing_given(), 0.0)
-    assert near.noise < LEAST_NOISE + 0.1 and far.noise > MOST_NOISE - 0.1
-    assert calls == [(done, HALVINGS + 1) for done in range(1, HALVINGS + 2)]
+    blurred_levels(knowing, EXAMPLES, 1.0, batch=2, progress=lambda *found: calls.append(found))
+    assert calls == [(2, 3), (3, 3)]
+
+
+def test_noise_is_measured_in_what_the_model_reads(knowing: Any) -> None:
+    table = knowing.get_input_embeddings()
+    plain = float(table.weight.detach().square().mean().sqrt())
+    assert embedding_rms(table) == pytest.approx(plain, rel=1e-5)
+
+    class Scaled(torch.nn.Embedding):
+        """Reads its table times a factor, as Gemma's does."""
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 8.0
+
+    scaled = Scaled(9000, 16)
+    whole = 8 * float(scaled.weight.detach().square().mean().sqrt())
+    assert embedding_rms(scaled) == pytest.approx(whole, rel=0.02)
 
 
 def test_other_choices_are_the_models_own(knowing: Any, teacher: Teacher) -> None:
     logits, labels = told_logits(knowing, collate(EXAMPLES, [0]))
-    row = teacher.rows[0]
+    row = teacher[0]
     ids, shares = row[:, 1 : 1 + OTHERS].long(), row[:, 1 + OTHERS :]
     assert row.shape == (5, 1 + 2 * OTHERS)
     assert not (ids == labels[:, None]).any()
@@ -333,13 +354,11 @@ def test_other_choices_are_the_models_own(knowing: Any, teacher: Teacher) -> Non
 def test_words_that_the_question_gives_stay_likely(knowing: Any, teacher: Teacher) -> None:
     given = nothing_given()
     given[0][1] = given[2][0] = True
-    found = make_teacher(knowing, EXAMPLES, given, teacher.wanted)
-    for number, (row, marks) in enumerate(zip(found.rows, given, strict=True)):
-        blurred = blurred_levels(knowing, EXAMPLES, found.noise)[number]
-        for place, mark in enumerate(marks):
-            level = float(blurred[place])
-            assert float(row[place, 0]) == pytest.approx(max(level, GIVEN_LEVEL) if mark else level)
-    assert float(found.rows[0][1, 0]) >= GIVEN_LEVEL - 1e-6
+    found = unknown_levels(knowing, EXAMPLES, given)
+    for row, marks, without in zip(found, given, teacher, strict=True):
+        for level, mark, blurred in zip(row.tolist(), marks, without[:, 0].tolist(), strict=True):
+            assert level == pytest.approx(max(blurred, GIVEN_LEVEL) if mark else blurred)
+    assert float(found[0][1]) >= GIVEN_LEVEL - 1e-6 > float(teacher[0][1, 0])
 
 
 def test_noise_is_drawn_by_seed_and_row_whatever_the_batch(knowing: Any) -> None:

@@ -315,7 +315,7 @@ def test_the_report_has_all_figures(learned: Learned, tmp_path: Path) -> None:
     rows = {(row.system, row.route, row.measure): row.value for row in adapter_rows(learned.first)}
     assert rows["adapter", "-", "steps"] == 6
     assert rows["adapter", "-", "largest_cosine"] is None
-    assert rows["unknown", "-", "probability"] == learned.first.levels.probability
+    assert rows["unknown", "-", "probability"] == learned.first.choice.unknown["probability"]
     for route in ROUTES:
         assert rows["guard", route, "distance"] == learned.first.choice.figures[route].distance
     draw_losses(tmp_path, learned.first.report)
