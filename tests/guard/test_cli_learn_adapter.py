@@ -66,7 +66,7 @@ def test_help_names_what_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> No
     [
         (["--loss", "match"], ["unknown loss 'match'", "did you mean 'matched'", "simnpo"]),
         (["--loss-option", "beta=1"], ["expected NAME=VALUE", "least_strength=0.5"]),
-        (["--loss-option", "others"], ["expected NAME=VALUE", "others=0.3"]),
+        (["--loss-option", "others"], ["expected NAME=VALUE", "others="]),
         (["--loss-option", "others=much"], ["others=much", "float"]),
         (["--loss-option", "answers=1.5"], ["answers=1.5", "int"]),
         (["--loss-option", "least_strength=2"], ["least_strength is 2.0", "(0, 1]"]),
