@@ -56,8 +56,9 @@ NOISE: Final = 0.91
 """Of the blur, in multiples of the embeddings' RMS.
 
 Where, in the mean over the ten authors of the TOFU pair, answers are as unlikely as after unrelated
-questions: no retained model tells it. Set for each author by himself it would be worse: what is
-likely after unrelated questions does not follow a retained model from author to author.
+questions; between .90 and .92 it was chosen with the pair's retained model in view. Set for each
+author by himself it would be worse: what is likely after unrelated questions does not follow a
+retained model from author to author.
 """
 
 TAIL: Final = 0.4
