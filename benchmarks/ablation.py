@@ -25,7 +25,7 @@ from classifiers.background import Background, Segments, make_background, segmen
 from classifiers.calibrate import fit_bundle
 from classifiers.detector import BundleDetector
 from classifiers.encoder import OnnxEncoder, Window
-from classifiers.evidence import SIGNS, Fusion, nearest
+from classifiers.evidence import NAMED_LOGIT, SIGNS, Fusion, nearest
 from classifiers.export import Precision, export_encoder
 from classifiers.fit_fusion import Batch, batches, fit
 from classifiers.forgetset import ForgetSet
@@ -375,7 +375,8 @@ class _Bench:
             if not part.quotations:
                 artifact = replace(artifact, grams=artifact.grams[:0])
             artifacts.append(artifact)
-        calibration = fit_bundle([a.calibration for a in artifacts], self.plan.budget)
+        found = [artifact.calibration for artifact in artifacts]
+        calibration = fit_bundle(found, self.plan.budget, most=NAMED_LOGIT)
         space = ground.background.space
         detector = PartDetector(
             ground.encoder, space, artifacts, calibration, self._hasher, fusion, verdicts=0

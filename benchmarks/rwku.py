@@ -25,6 +25,7 @@ from classifiers.benign import load_benign
 from classifiers.calibrate import fit_bundle
 from classifiers.detector import BundleDetector
 from classifiers.encoder import OnnxEncoder
+from classifiers.evidence import NAMED_LOGIT
 from classifiers.export import export_encoder
 from classifiers.learn import TargetLearner
 from classifiers.verbatim import GramHasher
@@ -136,7 +137,8 @@ def measure(
         for name, facts in people.items():
             artifacts.append(learner.learn(name, facts, seed).artifact)
             progress(f"rwku: {way}", len(artifacts), len(people))
-        calibration = fit_bundle([artifact.calibration for artifact in artifacts], BUDGET)
+        found = [artifact.calibration for artifact in artifacts]
+        calibration = fit_bundle(found, BUDGET, most=NAMED_LOGIT)
         detector = BundleDetector(encoder, background.space, artifacts, calibration, hasher)
         rows += judge(data, way, detector)
     return rows

@@ -10,6 +10,7 @@ import numpy as np
 from classifiers.calibrate import FAR, TargetCalibration, fit_bundle
 from classifiers.detector import VERDICTS, BundleDetector
 from classifiers.encoder import OnnxEncoder
+from classifiers.evidence import NAMED_LOGIT
 from classifiers.scorers import SECRET_FILES as SCORER_SECRETS
 from classifiers.scorers import load_scorer
 from classifiers.space import FeatureSpace
@@ -56,7 +57,8 @@ def load_detector(
     """
     encoder = OnnxEncoder(encoder_dir, threads, cache_size=0)
     artifacts = [TargetArtifact.from_files(name, files) for name, files in targets.items()]
-    calibration = fit_bundle([artifact.calibration for artifact in artifacts], budget)
+    found = [artifact.calibration for artifact in artifacts]
+    calibration = fit_bundle(found, budget, most=NAMED_LOGIT)
     calibration = calibration.raised([(least or {}).get(name, -FAR) for name in targets])
     policies = weights or {}
     scorers = {
@@ -90,7 +92,7 @@ def thresholds(heads: Mapping[str, bytes], budget: float) -> dict[str, float]:
             calibrations.append(TargetCalibration.from_arrays(load(data)))
         except (SafetensorError, KeyError, ValueError) as error:
             raise ArtifactError(f"the head of target {name!r} cannot be read: {error}") from error
-    found = fit_bundle(calibrations, budget).thresholds
+    found = fit_bundle(calibrations, budget, most=NAMED_LOGIT).thresholds
     return {name: float(value) for name, value in zip(heads, found, strict=True)}
 
 

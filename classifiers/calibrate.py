@@ -172,7 +172,9 @@ class BundleCalibration:
         return float(min(max(slope, WEIGHT_FLOOR), 1.0))
 
 
-def fit_bundle(targets: Sequence[TargetCalibration], budget: float) -> BundleCalibration:
+def fit_bundle(
+    targets: Sequence[TargetCalibration], budget: float, most: float = FAR
+) -> BundleCalibration:
     """Set every target's threshold so that the bundle as a whole keeps the budget.
 
     A request is flagged if any target is hit, so the scores that count are the maxima over all
@@ -183,6 +185,8 @@ def fit_bundle(targets: Sequence[TargetCalibration], budget: float) -> BundleCal
     Args:
         targets: The targets of the bundle.
         budget: Share of benign requests that may be flagged, in (0, 1); kept with 95 % confidence.
+        most: Score from which a target is hit in any case, unless its retain texts score as high.
+            The tail of one target among thousands may lie far beyond all scores ever seen.
 
     Raises:
         DataError: If the budget is not a share, or the targets were calibrated on different sets.
@@ -208,6 +212,7 @@ def fit_bundle(targets: Sequence[TargetCalibration], budget: float) -> BundleCal
     for number, target in enumerate(targets):
         room = target.forget_low - float(thresholds[number])
         thresholds[number] += GAP_SHARE * min(max(0.0, room), GAP_MOST)
+        thresholds[number] = min(float(thresholds[number]), most)
         # Without retain texts nothing is known of the neighbours: be careful.
         least = target.retain if target.retain > -FAR else LEAST_SCORE
         thresholds[number] = max(float(thresholds[number]), least)

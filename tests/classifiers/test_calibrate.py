@@ -71,6 +71,19 @@ def test_a_noisy_target_pays_for_itself_and_the_others_keep_their_thresholds() -
     assert flagged(together, fresh) < 1e-2
 
 
+def test_no_tail_lets_pass_what_is_a_hit_in_any_case_but_retain_texts_may() -> None:
+    rng = np.random.default_rng(1)
+    scores = sample(rng, 3)
+    scores[2] = 6.0 + 3.0 * (scores[2] - 6.0)
+    found = calibrate(scores)
+    free, held = fit_bundle(found, 1e-2), fit_bundle(found, 1e-2, most=12.0)
+    assert free.thresholds[2] > 20.0 > free.thresholds[:2].max()
+    assert held.thresholds[2] == 12.0
+    np.testing.assert_array_equal(held.thresholds, np.minimum(free.thresholds, 12.0))
+    kept = dataclasses.replace(found[2], retain=15.0)
+    assert fit_bundle([*found[:2], kept], 1e-2, most=12.0).thresholds[2] == 15.0
+
+
 def test_another_target_changes_thresholds_and_nothing_else() -> None:
     found = calibrate(sample(np.random.default_rng(2), 3))
     before = [{k: v.tobytes() for k, v in target.to_arrays().items()} for target in found]
