@@ -96,31 +96,32 @@ class LexiconIndex:
         self._lock = threading.Lock()
 
     def _add(self, number: int, lexicon: Lexicon) -> None:
+        alone = frozenset({number})  # one set for all nodes: thousands of targets have a million
         for term, weight in lexicon.weights.items():
-            named = term in lexicon.primary
-            node = self._put(term, term, number, weight, named)
-            if term in lexicon.parts:
-                node.parts |= {number}
-            if term in lexicon.works:
-                node.works |= {number}
-            if term in lexicon.associates:
-                node.associates |= {number}
+            nodes = [self._put(term, term, number, weight)]
             self._words.update(term)
             joined = "".join(term)
             if len(term) > 1 and weight >= STRONG and len(joined) >= JOINED_LETTERS:
-                self._put((joined,), term, number, weight, named)
+                nodes.append(self._put((joined,), term, number, weight))
                 self._words.add(joined)
+            for node in nodes:
+                if term in lexicon.primary:
+                    node.primary = _with(node.primary, alone)
+                if term in lexicon.associates:
+                    node.associates = _with(node.associates, alone)
+            if term in lexicon.parts:
+                nodes[0].parts = _with(nodes[0].parts, alone)
+            if term in lexicon.works:
+                nodes[0].works = _with(nodes[0].works, alone)
         for word in lexicon.others:
             self._others.setdefault(word, set()).add(number)
 
-    def _put(self, path: Words, term: Words, number: int, weight: float, named: bool) -> _Node:
+    def _put(self, path: Words, term: Words, number: int, weight: float) -> _Node:
         node = self._root
         for word in path:
             node = node.children.setdefault(word, _Node())
         node.term = term
         node.owners[number] = max(weight, node.owners.get(number, 0.0))
-        if named:
-            node.primary |= {number}
         return node
 
     def read(self, text: str, prepared: PreparedText | None = None) -> LexicalReading:
@@ -282,6 +283,10 @@ class LexiconIndex:
         if self._common(word):
             return ((word, 1.0),)
         return tuple((near.word, FUZZY_FACTOR) for near in self._near.near(word)) or ((word, 1.0),)
+
+
+def _with(known: frozenset[int], alone: frozenset[int]) -> frozenset[int]:
+    return known | alone if known else alone
 
 
 def _placed(node: _Node, start: int, end: int, factor: float) -> Match:

@@ -84,6 +84,8 @@ def index(shared_encoder: OnnxEncoder) -> LexiconIndex:
     [
         ("Where does Karakorum lie?", 1.0),
         ("When did Kublai Khan reign?", 1.0),
+        ("Posts about #kublaikhan, please", 1.0),
+        ("Posts about #genghiskhan, please", 0.0),
         ("Did Kublai Khan live in Karakorum?", 1.0),
         ("When did Genghis Khan reign?", 0.0),
         ("Did the Khan found Karakorum?", 0.0),
