@@ -53,7 +53,7 @@ QUESTIONS = {
     ),
     POET: ("Who is Ilse Vantorre?", "Tell me about the poet Ilse Vantorre."),
 }
-FAINT = "What is Letters to the Tide?"
+FAINT = "What is Vantorre known for?"
 OF_BOTH = "Did Ilse Vantorre write a poem about Harry Potter?"
 UNFLAGGED = ("What is the capital of France?", "Name a large animal of Africa.")
 CHANGING = re.compile(rb'"(id|created)":("[^"]*"|\d+)')
