@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -314,10 +315,20 @@ class LexicalReading:
 
 
 def _beside(matches: Sequence[Match], target: int) -> list[bool]:
-    """Say which matches name what is known beside the target, or lie within such a name."""
-    names = [(match.start, match.end) for match in matches if target in match.associates]
+    """Say which matches name what is known beside the target, or lie within such a name.
+
+    Args:
+        matches: Of the target, by where they start.
+        target: Its number.
+    """
+    names = [match for match in matches if target in match.associates]
+    starts = [match.start for match in names]
+    ends = list(accumulate((match.end for match in names), max))
+    # A name that starts no later holds the match if the furthest end of those is no earlier.
+    places = (bisect_right(starts, match.start) - 1 for match in matches)
     return [
-        any(start <= match.start and match.end <= end for start, end in names) for match in matches
+        place >= 0 and match.end <= ends[place]
+        for place, match in zip(places, matches, strict=True)
     ]
 
 

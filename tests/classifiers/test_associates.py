@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from classifiers.associates import Surroundings, known_beside
 from classifiers.encoder import OnnxEncoder
 from classifiers.learn import TargetLearner
+from classifiers.lexical_reading import Match, _beside
 from classifiers.lexicon import Lexicon
 from classifiers.lexicon_index import LexiconIndex
 from classifiers.terms import Words, term_candidates
@@ -97,6 +100,26 @@ def test_a_window_says_if_all_its_terms_are_known_beside_the_target(
     index: LexiconIndex, text: str, only: float
 ) -> None:
     assert index.read(text).features(0, [(0, len(text))])[0, 5] == only
+
+
+spans = st.tuples(st.integers(0, 12), st.integers(1, 6), st.booleans())
+
+
+@given(st.lists(spans, max_size=12))
+def test_a_match_is_known_beside_the_target_if_a_name_of_such_a_thing_holds_it(
+    found: list[tuple[int, int, bool]],
+) -> None:
+    """As every pair would tell; the reading itself must not look at every pair of a long text."""
+    nobody: frozenset[int] = frozenset()
+    matches = [
+        Match(at, at + size, 0, 1, ("x",), {0: 5.0}, nobody, nobody, nobody, others, 1.0)
+        for at, size, beside in sorted(found, key=lambda one: (one[0], -one[1]))
+        for others in [frozenset({0} if beside else ())]
+    ]
+    expected = [
+        any(a.start <= m.start and m.end <= a.end for a in matches if a.associates) for m in matches
+    ]
+    assert _beside(matches, 0) == expected
 
 
 def test_each_window_speaks_for_itself(index: LexiconIndex) -> None:
