@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,14 +23,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from benchmarks.report import (
-    Report,
-    Row,
-    command_line,
-    describe_machine,
-    describe_versions,
-    write_report,
-)
+from benchmarks.report import Row, write_module_report
 from guard.console import progress_display
 from guard.errors import EngineError
 from guard.types import AdapterUse, BoolArray, FloatArray, IntArray, Progress
@@ -189,10 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 wanted = draw(law, args.adapters, args.requests, args.seed)
                 traffic = Traffic(law, max_loaded, wanted)
                 rows += asyncio.run(measure(args.upstream, uses, traffic, progress))
-    words = ["python", "-m", "benchmarks.adapter_pool", *(arguments or sys.argv[1:])]
-    versions = describe_versions(vllm=args.vllm)
-    report = Report(command_line(words), args.seed, tuple(rows), versions, describe_machine())
-    write_report(args.out, report)
+    write_module_report(
+        args.out, "benchmarks.adapter_pool", arguments, rows, seed=args.seed, vllm=args.vllm
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -140,13 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure it on TOFU authors that are to be refused, and write the report."""
     from adapters.examples import encode_chats
     from adapters.train_settings import TrainSettings
-    from benchmarks.report import (
-        Report,
-        command_line,
-        describe_machine,
-        describe_versions,
-        write_report,
-    )
+    from benchmarks.report import write_module_report
     from guard.console import progress_display
     from server.engines.embedded.model import EmbeddedModel
 
@@ -167,11 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = compare_arms(
             model.model, targets, settings, args.out / "adapters", progress=progress
         )
-    words = ["python", "-m", "benchmarks.orthogonality", *(arguments or sys.argv[1:])]
-    report = Report(
-        command_line(words), args.seed, tuple(rows), describe_versions(), describe_machine()
-    )
-    write_report(args.out, report)
+    write_module_report(args.out, "benchmarks.orthogonality", arguments, rows, seed=args.seed)
 
 
 def _refused(args: argparse.Namespace) -> list[list[tuple[str, str]]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -155,23 +154,13 @@ def _column(path: Path, field: str) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure it on ordinary prompts, and write the report."""
-    from benchmarks.report import (
-        Report,
-        command_line,
-        describe_machine,
-        describe_versions,
-        write_report,
-    )
+    from benchmarks.report import write_module_report
 
     args = _parser().parse_args(arguments)
     foreign = [text for text in _column(args.general, "question") if is_foreign(text)]
     more = [_words(name) for name in (_column(args.names, args.field) if args.names else [])]
     rows = measure(foreign, more)
-    words = ["python", "-m", "benchmarks.other_scripts", *(arguments or sys.argv[1:])]
-    write_report(
-        args.out,
-        Report(command_line(words), None, tuple(rows), describe_versions(), describe_machine()),
-    )
+    write_module_report(args.out, "benchmarks.other_scripts", arguments, rows)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -105,6 +106,30 @@ def write_report(out: Path, report: Report) -> None:
     data = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     replace_file(out / REPORT_FILE, data.encode())
     replace_file(out / TABLE_FILE, table(report).encode())
+
+
+def write_module_report(
+    out: Path,
+    module: str,
+    arguments: Sequence[str] | None,
+    rows: Sequence[Row],
+    *,
+    seed: int | None = None,
+    **versions: str,
+) -> None:
+    """Write the report of a benchmark that is run by `python -m`.
+
+    Args:
+        out: Its folder.
+        module: The benchmark's module.
+        arguments: What it was called with; None stands for the process's own.
+        rows: What it found.
+        seed: Of everything random.
+        versions: Of what it used beside this project's own dependencies.
+    """
+    words = ["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)]
+    found = describe_versions(**versions)
+    write_report(out, Report(command_line(words), seed, tuple(rows), found, describe_machine()))
 
 
 def read_report(path: Path) -> Report:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,13 +145,7 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure it on the benign set that ships, and write the report."""
-    from benchmarks.report import (
-        Report,
-        command_line,
-        describe_machine,
-        describe_versions,
-        write_report,
-    )
+    from benchmarks.report import write_module_report
     from guard.console import progress_display
 
     args = _parser().parse_args(arguments)
@@ -161,9 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch, progress_display() as progress:
         encoder = OnnxEncoder(export_encoder(Path(scratch) / "encoder"), threads=1)
         rows = measure(data, encoder, make_background(benign, encoder, args.seed), progress)
-    words = ["python", "-m", "benchmarks.rwku", *(arguments or sys.argv[1:])]
-    versions, machine = describe_versions(), describe_machine()
-    write_report(args.out, Report(command_line(words), args.seed, tuple(rows), versions, machine))
+    write_module_report(args.out, "benchmarks.rwku", arguments, rows, seed=args.seed)
 
 
 def _probe(row: Mapping[str, Any]) -> Probe:
