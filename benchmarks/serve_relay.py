@@ -1,7 +1,7 @@
 """The least that a proxy in Python does: an ASGI application that passes requests on by aiohttp.
 
-No check, no limit, no metric. `bench serve` measures the guard beside it, with the same server and
-HTTP client, to tell what the guard adds from what Python costs; run as a process of its own:
+No check, no limit, no metric. `bench serve` measures the guard beside it, with the same server, to
+tell what the guard adds from what Python costs; run as a process of its own:
 
     python -m benchmarks.serve_relay --port 8002 --upstream http://127.0.0.1:8001
 """
@@ -9,19 +9,10 @@ HTTP client, to tell what the guard adds from what Python costs; run as a proces
 from __future__ import annotations
 
 import argparse
-import os
-import threading
-import time
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import aiohttp
 import uvicorn
-
-from benchmarks.serve_load import FIXED_PROMPT
-from server.limits import NICER, give_way
 
 _KEPT = ("content-type", "content-length")
 
@@ -77,73 +68,12 @@ class Relay:
                 return
 
 
-# --- What decisions do beside a loop, and nothing of what they are for ----------------------------
-
-
-def _count(_: Path | None) -> None:
-    """Keep Python busy."""
-    while True:
-        sum(range(1_000))
-
-
-def _encode(folder: Path | None) -> None:
-    """Run passes of a bundle's encoder, which leave Python's lock to others meanwhile."""
-    from classifiers.encoder import OnnxEncoder
-
-    encoder = OnnxEncoder(folder or Path(), threads=1)
-    windows = encoder.windows(FIXED_PROMPT)
-    while True:
-        encoder.states(windows)
-
-
-def _thread(work: Callable[[Path | None], None], encoder: Path | None) -> None:
-    def below() -> None:
-        give_way()
-        work(encoder)
-
-    threading.Thread(target=below, daemon=True).start()
-
-
-def _both(encoder: Path | None) -> None:
-    _thread(_count, encoder)
-    _thread(_encode, encoder)
-
-
-def _process(work: Callable[[Path | None], None], encoder: Path | None) -> None:
-    parent = os.getpid()
-    if os.fork():
-        return
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    os.nice(NICER)
-    work(encoder)
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(0)
-
-
-BESIDE: Final[dict[str, Callable[[Path | None], None]]] = {
-    "python thread": partial(_thread, _count),
-    "encoder thread": partial(_thread, _encode),
-    "both threads": _both,
-    "python process": partial(_process, _count),
-    "encoder process": partial(_process, _encode),
-}
-"""Each ten steps of priority below the loop, as the guard's own threads are."""
-
-
 def main() -> None:
     """Serve until a signal."""
     parser = argparse.ArgumentParser(description="A bare relay in front of an engine.")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--upstream", required=True)
-    parser.add_argument("--beside", choices=sorted(BESIDE), help="What runs beside, without end.")
-    parser.add_argument("--encoder", type=Path, help="Folder of the encoder's files.")
     options = parser.parse_args()
-    if options.beside is not None:
-        BESIDE[options.beside](options.encoder)
     uvicorn.run(
         Relay(options.upstream),
         port=options.port,

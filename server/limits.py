@@ -177,7 +177,7 @@ class Workers:
     def __init__(
         self, count: int, max_waiting: int, names: str = "guard", *, yielding: bool = False
     ) -> None:
-        first = give_way if yielding else None
+        first = _give_way if yielding else None
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=names, initializer=first)
         self._limit = count + max_waiting
         self._count = count
@@ -218,7 +218,7 @@ class Workers:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def give_way() -> None:
+def _give_way() -> None:
     """Lower this thread's priority, where threads have one of their own."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
